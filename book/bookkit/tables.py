@@ -1,0 +1,187 @@
+"""The book's generated tables as Markdown: rows in, text out, nothing read and nothing computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+HAZARD_FIELDS = frozenset({"name", "symptom", "cause", "source"})
+NONE = "–"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> str:
+    """A Markdown pipe table.
+
+    Args:
+        header: column titles.
+        rows: cells; anything with a ``str``, pipes are escaped.
+        empty: sentence to show instead when there are no rows.
+
+    Returns:
+        Markdown.
+
+    Raises:
+        ValueError: a row has another number of cells than the header.
+    """
+    lines = []
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"rows: got {len(row)} cells {list(row)}, expected {len(header)} for {list(header)}")
+        lines.append("| " + " | ".join(_cell(value) for value in row) + " |")
+    if not lines:
+        return empty + "\n"
+    head = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(head + lines) + "\n"
+
+
+def hazard_table(
+    hazards: Mapping[str, Mapping[str, str]], catalogue: Mapping[str, Any], documents: Mapping[str, str]
+) -> str:
+    """The hazards index: what went wrong upstream, and where the workbook plants it.
+
+    Args:
+        hazards: per id (``H01``) its name, symptom, cause and source.
+        catalogue: per chapter id the optimisation, whose ``hazards`` values carry ``ids``.
+        documents: per chapter id the document its notebook became; absent when the book has no such notebook.
+
+    Returns:
+        Markdown; every id is an anchor in lower case (``hazards.html#h01``).
+
+    Raises:
+        ValueError: an entry lacks a field, or a chapter plants a hazard the index does not know.
+    """
+    planted: dict[str, list[str]] = {}
+    for ident, optimization in catalogue.items():
+        link = _chapter(ident, optimization.number, documents)
+        for name, hazard in optimization.hazards.items():
+            for number in hazard.ids:
+                if number not in hazards:
+                    raise ValueError(f"{ident}: hazard {name!r} names {number!r}, which is not in hazards.toml")
+                planted.setdefault(number, [])
+                if link not in planted[number]:
+                    planted[number].append(link)
+    rows = []
+    for number, hazard in hazards.items():
+        if missing := HAZARD_FIELDS - hazard.keys():
+            raise ValueError(f"hazards.toml: {number} lacks {sorted(missing)}")
+        anchor = f"[{number}]{{#{number.lower()}}}"
+        place = ", ".join(planted.get(number, [])) or NONE
+        rows.append((anchor, f"**{hazard['name']}**: {hazard['symptom']}", hazard["cause"], hazard["source"], place))
+    return table(("", "What you see", "Why", "Source", "Planted in"), rows, "No hazards are listed.")
+
+
+def settings_table(rows: Iterable[Mapping[str, str]]) -> str:
+    """The environment variables, from ``dsv4ref.settings.rows()``."""
+    cells = [
+        (
+            f"[`{row['name']}`]{{#{row['name'].lower()}}}",
+            row["type"],
+            f"`{row['default']}`",
+            row["meaning"],
+            row["owner"],
+        )
+        for row in rows
+    ]
+    return table(("Variable", "Takes", "Default", "Meaning", "Read by"), cells, "There are none.")
+
+
+def scoreboard(rows: Iterable[Mapping[str, Any]], documents: Mapping[str, str]) -> str:
+    """The scoreboard, one table per device, from the rows of ``dsv4ref report``.
+
+    Args:
+        rows: report rows (id, case, device, method, baseline_us, optimized_us, ratio, ratio_ci, noise_floor,
+            predicted, claimed, peers, gate, stale).
+        documents: per chapter id its document, for links.
+
+    Returns:
+        Markdown with a rubric per device.
+    """
+    by_device: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_device.setdefault(row["device"] or "", []).append(row)
+    if not by_device:
+        return "No record has been made yet.\n"
+    parts = []
+    for device in sorted(by_device, key=lambda name: (name == "", name)):
+        title = device or "Not measured yet"
+        cells = [
+            (
+                f"{_chapter(row['id'], None, documents)} {row['case'] or ''}",
+                NONE if row["ratio"] is None else f"{_us(row['baseline_us'])} → {_us(row['optimized_us'])}",
+                _ratio(row),
+                _times(row["predicted"]),
+                _claimed(row["claimed"]),
+                ", ".join(f"{name} {_us(us)}" for name, us in (row["peers"] or {}).items()) or NONE,
+                row["gate"],
+                ", ".join(filter(None, (row["method"], "stale" if row["stale"] else ""))) or NONE,
+            )
+            for row in by_device[device]
+        ]
+        header = ("Chapter, case", "µs", "Ratio", "Predicted", "Claimed", "Peers, µs", "Gate", "Method")
+        parts.append(f"```{{rubric}} {title}\n```\n\n" + table(header, cells, ""))
+    return "\n".join(parts)
+
+
+def run_status(records: Iterable[Any], is_stale: Callable[[Any], bool], documents: Mapping[str, str]) -> str:
+    """What ran where, when and with which versions: one row per run.
+
+    Args:
+        records: measurement records (``dsv4ref.evidence.records.Record``).
+        is_stale: whether a measured source has changed since.
+        documents: per chapter id its document, for links.
+
+    Returns:
+        Markdown, newest first.
+    """
+    runs: dict[str, list[Any]] = {}
+    for record in records:
+        runs.setdefault(record.run, []).append(record)
+    rows = []
+    for lines in sorted(runs.values(), key=lambda lines: str(lines[0].date), reverse=True):
+        one = lines[0]
+        chapters = ", ".join(_chapter(ident, None, documents) for ident in sorted({line.chapter for line in lines}))
+        versions = f"driver {one.driver or NONE}, torch {one.torch}, triton {one.triton}, Python {one.python}"
+        changed = sum(map(is_stale, lines))
+        state = f"{changed} of {len(lines)} stale" if changed else f"{len(lines)} current"
+        commit = f"`{one.commit[:10]}`" if one.commit else NONE
+        rows.append((str(one.date)[:10], one.device_name, versions, commit, chapters, state))
+    header = ("Date", "Device", "Versions", "Commit", "Chapters", "Records")
+    return table(header, rows, "No measurement ships with the workbook yet.")
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def _chapter(ident: str, number: int | None, documents: Mapping[str, str]) -> str:
+    label = ident if number is None else f"{number:02} {ident}"
+    return f"[{label}](/{documents[ident]})" if ident in documents else label
+
+
+def _us(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _times(value: object) -> str:
+    return f"{value:.2f}×" if isinstance(value, (int, float)) else str(value or NONE)
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    if row["ratio"] is None:
+        return NONE
+    text = _times(row["ratio"])
+    if row["ratio_ci"]:
+        low, high = row["ratio_ci"]
+        text += f" [{low:.2f}, {high:.2f}]"
+    floor = row["noise_floor"]
+    if floor is not None and abs(row["ratio"] - 1) <= floor:
+        text += " not resolvable"
+    return text
+
+
+def _claimed(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return "; ".join(_times(one) for one in value) or NONE
+    return _times(value)

@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Build the book: executed notebooks plus the pages of this folder, as a static site that needs no network.
+
+    python book/build.py [--notebooks DIR] [--out DIR] [--jobs N]
+
+The site is OUT/html; OUT also keeps the cache of executed notebooks, so a second build only renders what changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+BOOK = Path(__file__).resolve().parent
+sys.path.insert(0, str(BOOK))
+
+from bookkit import stage, vendor  # noqa: E402  (bookkit sits beside this script)
+
+
+def build(notebooks: Path, out: Path, jobs: int = 1) -> int:
+    """Vendor, stage, execute and render.
+
+    Args:
+        notebooks: folder of NN_id.ipynb files.
+        out: output folder; OUT/html is the site.
+        jobs: Sphinx processes; each may run a notebook of its own.
+
+    Returns:
+        Sphinx's exit status: 0 if every notebook ran and nothing was warned about.
+
+    Raises:
+        ValueError: the notebooks are not as expected.
+        VendorError: the JavaScript is neither there nor to be had.
+    """
+    from sphinx.cmd.build import main as sphinx_build
+
+    fetched = vendor.ensure(vendor.read_table(BOOK / "vendor.json"), BOOK / "_static" / "vendor")
+    if fetched:
+        print("vendored:", ", ".join(fetched))
+    folders = stage.package_folders()
+    if records := os.environ.get("DSV4REF_RECORDS"):
+        folders.append(Path(records))
+    if stage.drop_stale(out, stage.fingerprint(folders)):
+        print("the code or its environment changed since the last build: every notebook runs again")
+    chapters = stage.stage(BOOK, notebooks, out / "source")
+    stage.prune(out / "source", out / "html")
+    print(f"{len(chapters)} chapters:", ", ".join(chapter.path.stem for chapter in chapters))
+    # -W turns warnings into a failing status; --keep-going (implied since Sphinx 8.1) shows all of them first.
+    options = ["-W", "--keep-going", "-b", "html", "-c", str(BOOK), "-d", str(out / "doctrees"), "-j", str(jobs)]
+    options += ["-D", f"nb_execution_cache_path={out / '.jupyter_cache'}"]
+    return sphinx_build([*options, str(out / "source"), str(out / "html")])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; bad input and missing tools are one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(description="Build the book.")
+    parser.add_argument("--notebooks", type=Path, default=BOOK.parent / "notebooks", help="folder of NN_id.ipynb files")
+    parser.add_argument("--out", type=Path, default=BOOK / "_build", help="output folder (OUT/html is the site)")
+    parser.add_argument("--jobs", type=int, default=1, help="Sphinx processes")
+    options = parser.parse_args(arguments)
+    try:
+        status = build(options.notebooks.resolve(), options.out.resolve(), options.jobs)
+    except (ValueError, vendor.VendorError) as error:
+        print(f"book: {error}", file=sys.stderr)
+        return 2
+    if status == 0:
+        print(f"book: {options.out.resolve() / 'html' / 'index.html'}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The scoreboard: what was claimed, predicted and measured, from records only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from dsv4ref.evidence import records
+from dsv4ref.evidence.records import Record
+from dsv4ref.optimizations import catalogue
+from dsv4ref.optimizations.base import Optimization
+
+__all__ = ["PEER_PREFIX", "report_rows"]
+
+PEER_PREFIX = "peer: "
+"""Variants whose name begins so are third parties' kernels, timed in the same run."""
+
+
+def report_rows(measured: Iterable[Record]) -> list[dict[str, Any]]:
+    """One row per chapter, case and device with records: the newest run's figures beside claim and prediction.
+
+    Args:
+        measured: records, any order.
+
+    Returns:
+        Rows with id, case, device, method, baseline_us, optimized_us, ratio, ratio_ci, noise_floor, predicted, claimed,
+        peers, gate, stale; then variants (other variants' microseconds), bound_us, date, resolvable. Times are p50 microseconds;
+        ratio is baseline over optimised.
+    """
+    chapters = catalogue.load()
+    groups: dict[tuple[str, str, str, str], dict[str, Record]] = {}
+    for record in records.latest(measured):
+        key = (record.chapter, record.case, record.device, record.method)
+        groups.setdefault(key, {})[record.variant] = record
+    rows = []
+    for (chapter, case, device, method), variants in groups.items():
+        opt = chapters.get(chapter)
+        if opt is None or case not in opt.cases or "baseline" not in variants or "optimized" not in variants:
+            continue
+        rows.append(_row(opt, case, device, method, variants))
+    order = {id: index for index, id in enumerate(chapters)}
+    cases = {(id, name): index for id, opt in chapters.items() for index, name in enumerate(opt.cases)}
+    return sorted(rows, key=lambda row: (order[row["id"]], row["device"], cases[row["id"], row["case"]]))
+
+
+def _row(opt: Optimization, case: str, device: str, method: str, variants: dict[str, Record]) -> dict[str, Any]:
+    baseline, optimized = variants["baseline"], variants["optimized"]
+    others = {n: r.p50_us for n, r in variants.items() if n not in ("baseline", "optimized")}
+    low, high, floor = optimized.ratio_low, optimized.ratio_high, optimized.noise_floor
+    assert low is not None
+    assert high is not None
+    assert floor is not None
+    return {
+        "id": opt.id,
+        "case": case,
+        "device": device,
+        "method": method,
+        "baseline_us": baseline.p50_us,
+        "optimized_us": optimized.p50_us,
+        "ratio": optimized.ratio,
+        "ratio_ci": [low, high],
+        "noise_floor": floor,
+        "predicted": opt.predict(opt.cases[case], device).ratio,
+        "claimed": [f"{c.gain_percent:+.2f} % {c.what} ({c.device}, {c.source})" for c in opt.claims],
+        "peers": {n.removeprefix(PEER_PREFIX): us for n, us in others.items() if n.startswith(PEER_PREFIX)},
+        "gate": optimized.gate,
+        "stale": records.is_stale(optimized),
+        "variants": {n: us for n, us in others.items() if not n.startswith(PEER_PREFIX)},
+        "bound_us": optimized.bound_us,
+        "date": optimized.date,
+        "resolvable": low > 1 + floor or high < 1 - floor,
+    }

@@ -1,0 +1,103 @@
+"""The generated tables say what their rows say, and refuse rows that contradict the book."""
+
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from bookkit import tables
+
+BOOK = Path(__file__).resolve().parents[2] / "book"
+DOCUMENTS = {"decode": "chapters/05_decode.ipynb"}
+HAZARDS = {
+    "H01": {"name": "collision", "symptom": "noise | garbage", "cause": "bad key", "source": "vllm#1"},
+    "H02": {"name": "rows", "symptom": "old data", "cause": "unwritten", "source": "aiter#2"},
+}
+
+
+def chapter(number: int, **hazards: tuple[str, ...]) -> SimpleNamespace:
+    return SimpleNamespace(number=number, hazards={name: SimpleNamespace(ids=ids) for name, ids in hazards.items()})
+
+
+def rows_of(markdown: str) -> list[str]:
+    return [line for line in markdown.splitlines() if line.startswith("| ")][2:]
+
+
+def test_hazards_name_the_chapters_that_plant_them() -> None:
+    catalogue = {"decode": chapter(5, short=("H02",), long=("H02",)), "unrendered": chapter(7, other=("H02",))}
+    first, second = rows_of(tables.hazard_table(HAZARDS, catalogue, DOCUMENTS))
+    assert first == "| [H01]{#h01} | **collision**: noise \\| garbage | bad key | vllm#1 | – |"
+    assert second.endswith("| [05 decode](/chapters/05_decode.ipynb), 07 unrendered |")
+
+
+def test_chapter_that_plants_an_unknown_hazard_is_named() -> None:
+    with pytest.raises(ValueError, match=r"decode: hazard 'short' names 'H99', which is not in hazards\.toml"):
+        tables.hazard_table(HAZARDS, {"decode": chapter(5, short=("H99",))}, {})
+
+
+def test_hazard_without_a_cause_is_named() -> None:
+    with pytest.raises(ValueError, match=r"hazards\.toml: H01 lacks \['cause'\]"):
+        tables.hazard_table({"H01": {"name": "a", "symptom": "b", "source": "c"}}, {}, {})
+
+
+def test_book_lists_all_hazards_in_order_with_every_field_on_one_line() -> None:
+    hazards = tomllib.loads((BOOK / "hazards.toml").read_text(encoding="utf-8"))
+    assert list(hazards) == [f"H{number:02}" for number in range(1, 43)]
+    for number, hazard in hazards.items():
+        assert hazard.keys() == tables.HAZARD_FIELDS, number
+        assert all(text.strip() == text and "\n" not in text and text for text in hazard.values()), number
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": "decode", "case": "flash-256", "device": "h200", "method": "graph", "baseline_us": 682.74,
+        "optimized_us": 244.51, "ratio": 2.792, "ratio_ci": (2.78, 2.81), "noise_floor": 0.01, "predicted": 3.0,
+        "claimed": None, "peers": {"FlashMLA": 88.9}, "gate": "budget", "stale": False,
+    }  # fmt: skip
+    return row | changes
+
+
+def test_scoreboard_row_shows_times_ratio_interval_and_peers() -> None:
+    (row,) = rows_of(tables.scoreboard([report()], DOCUMENTS))
+    assert row == (
+        "| [decode](/chapters/05_decode.ipynb) flash-256 | 682.7 → 244.5 | 2.79× [2.78, 2.81] | 3.00× | – "
+        "| FlashMLA 88.9 | budget | graph |"
+    )
+
+
+def test_scoreboard_says_when_a_ratio_is_not_resolvable_or_stale_or_missing() -> None:
+    (row,) = rows_of(tables.scoreboard([report(ratio=1.004, ratio_ci=(0.99, 1.02), stale=True)], {}))
+    assert "1.00× [0.99, 1.02] not resolvable" in row
+    assert row.endswith("| graph, stale |")
+    text = tables.scoreboard(
+        [report(), report(device=None, ratio=None, ratio_ci=None, baseline_us=None, peers=None)], {}
+    )
+    assert text.index("h200") < text.index("Not measured yet")
+    assert tables.scoreboard([], {}) == "No record has been made yet.\n"
+
+
+def test_status_has_a_row_per_run_newest_first() -> None:
+    def record(run: str, day: str, chapter: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            run=run, date=f"{day}T10:00:00+00:00", chapter=chapter, device_name="NVIDIA H200", driver=None,
+            torch="2.11.0", triton="3.6.0", python="3.12", commit="0123456789abcdef",
+        )  # fmt: skip
+
+    records = [
+        record("a", "2026-01-01", "decode"),
+        record("b", "2026-02-01", "decode"),
+        record("b", "2026-02-01", "other"),
+    ]
+    markdown = tables.run_status(records, lambda one: one.chapter == "other", DOCUMENTS)
+    newest, oldest = rows_of(markdown)
+    assert newest.startswith(
+        "| 2026-02-01 | NVIDIA H200 | driver –, torch 2.11.0, triton 3.6.0, Python 3.12 | `0123456789` |"
+    )
+    assert newest.endswith("| [decode](/chapters/05_decode.ipynb), other | 1 of 2 stale |")
+    assert oldest.endswith("| 1 current |")
+
+
+def test_row_of_the_wrong_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 1 cells"):
+        tables.table(("a", "b"), [("x",)], "none")
