@@ -182,14 +182,10 @@ def execute(path: Path | str, timeout: float = 300.0, progress: bool = True) -> 
     if missing:
         raise NotebookError(f"{path.name}: needs {', '.join(missing)}, which this machine does not have")
     nb = normalise(_read(path))
-    for cell in nb.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
     client = NotebookClient(
         nb,
         km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_this_environment()),
         timeout=timeout,
-        store_widget_state=False,
         resources={"metadata": {"path": str(path.resolve().parent)}},
     )
     with client.setup_kernel():

@@ -11,8 +11,8 @@ seen in    mended by                        defect of the plain interpreter
                                             multiplies fp16 without BLAS, and fp32 on contending BLAS threads
 3.6 - 3.9  binary_op, unary_op, create_fma  bf16 arithmetic and comparisons act on codes
 3.6 - 3.9  ReduceOps                        bf16 tl.sum adds codes
-3.9        ReduceOps, ScanOps               bf16 tl.max, tl.min, tl.argmax, tl.cumsum, tl.cumprod act on codes
-                                            (before, these promote bf16 to fp32)
+3.9        ReduceOps, ScanOps               bf16 tl.argmax, tl.argmin, tl.cumsum and tl.cumprod act on codes
+                                            (until 3.8 they promote bf16 to fp32)
 3.6 - 3.9  _convert_float, cast_impl        fp32 -> bf16 truncates; integer <-> bf16 copies the code
 3.6 - 3.9  _convert_float                   fp32 -> fp8 rounds ties away from zero, loses the carry into the
                                             exponent, truncates subnormals, overflows to arbitrary codes
@@ -32,8 +32,8 @@ fp32 -> fp8 saturates, infinities included, because that is what Triton compiles
 ISA, section cvt), compare-and-select with the largest code in AMD's software path, and FP16_OVFL set in the MODE
 register around AMD's conversion instructions (triton-lang/triton#7337). Inside the finite range every cast gives
 torch's bits; outside it torch gives NaN for the fnuz dialects and infinity for e5m2. Arithmetic on fp8 does not compile
-for any GPU and raises here. Compiled fp8 -> bf16 casts up to triton 3.9 turn NaN and infinity into finite numbers
-on targets without an instruction for them (triton-lang/triton#11784); here NaN stays NaN.
+for any GPU and raises here. Up to triton 3.9, compiled e5m2 -> bf16 casts, and e4m3 ones in AMD's software path, turn
+NaN and infinity into finite numbers (triton-lang/triton#11784; e5m2 measured on H200); here they keep them.
 
 Not emulated: TF32 rounding of fp32 ``tl.dot`` operands, reduced-precision fp8 accumulators (Hopper), minimum dot sizes,
 ``fp8e4b15``. Speed measured here says nothing about any kernel.

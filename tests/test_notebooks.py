@@ -379,9 +379,13 @@ def runnable(*sources: str) -> Any:
     return normalise(nb)
 
 
-def test_execute_fills_headline_cells_and_leaves_a_clean_file(tmp_path: Path) -> None:
-    path = write(tmp_path, runnable())
-    assert rules(tmp_path) == ["headlines"]
+@pytest.mark.parametrize("stale", [False, True])
+def test_execute_fills_headline_cells_and_leaves_a_clean_file(stale: bool, tmp_path: Path) -> None:
+    nb = runnable()
+    if stale:
+        nb.cells[-3].outputs, nb.cells[-3].execution_count = TEXT, 3
+    path = write(tmp_path, nb)
+    assert rules(tmp_path) == ([] if stale else ["headlines"])
     execute(path, timeout=60, progress=False)
     assert rules(tmp_path) == []
     cell = nbformat.read(path, as_version=4).cells[-3]

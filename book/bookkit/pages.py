@@ -1,14 +1,12 @@
 """Sphinx extension: directives for the parts of the book that are generated at build time.
 
-``{chapters}`` the table of contents by part; ``{hazard-index}``, ``{settings-table}``, ``{scoreboard}`` and
-``{run-status}`` the tables of :mod:`bookkit.tables`, read from the installed package. Pages that hold one of them are
-read again at every build, because what they show does not live in the source tree.
+``{chapters}`` the table of contents by part; ``{hazard-index}``, ``{settings-table}``, ``{scoreboard}``, ``{claims}``
+and ``{run-status}`` the tables of :mod:`bookkit.tables`, read from the installed package. Pages that hold one of them
+are read again at every build, because what they show does not live in the source tree.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,12 +17,9 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from bookkit import stage, tables
-
-
-def catalogue_or_none() -> Any:
-    if importlib.util.find_spec("dsv4ref.optimizations.catalogue") is None:
-        return None
-    return importlib.import_module("dsv4ref.optimizations.catalogue")
+from dsv4ref import settings
+from dsv4ref.evidence import records
+from dsv4ref.optimizations import catalogue, report
 
 
 class Generated(SphinxDirective):
@@ -67,35 +62,40 @@ class HazardIndex(Generated):
     def markdown(self) -> str:
         path = Path(self.env.app.confdir) / "hazards.toml"
         hazards = tomllib.loads(path.read_text(encoding="utf-8"))
-        return tables.hazard_table(
-            hazards, catalogue_or_none().CATALOGUE if catalogue_or_none() else {}, self.documents()
-        )
+        return tables.hazard_table(hazards, catalogue.load(), self.documents())
 
 
 class SettingsTable(Generated):
     """The environment variables."""
 
     def markdown(self) -> str:
-        from dsv4ref import settings
-
         return tables.settings_table(settings.rows())
 
 
 class Scoreboard(Generated):
-    """Claimed, predicted and measured, per device."""
+    """Predicted and measured, per device."""
 
     def markdown(self) -> str:
-        return tables.scoreboard(catalogue_or_none().report_rows() if catalogue_or_none() else [], self.documents())
+        return tables.scoreboard(report.report_rows(measured()), self.documents())
+
+
+class Claims(Generated):
+    """What the sources published."""
+
+    def markdown(self) -> str:
+        return tables.claims_table(catalogue.load(), self.documents())
 
 
 class RunStatus(Generated):
     """What ran where, when."""
 
     def markdown(self) -> str:
-        from dsv4ref import settings
-        from dsv4ref.evidence import records
+        return tables.run_status(measured(), records.is_stale, self.documents())
 
-        return tables.run_status(records.shipped(settings.get("DSV4REF_RECORDS")), records.is_stale, self.documents())
+
+def measured() -> tuple[records.Record, ...]:
+    """The records that ship with the package and those of the folder that ``DSV4REF_RECORDS`` names."""
+    return records.shipped(settings.get("DSV4REF_RECORDS"))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -104,5 +104,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("hazard-index", HazardIndex)
     app.add_directive("settings-table", SettingsTable)
     app.add_directive("scoreboard", Scoreboard)
+    app.add_directive("claims", Claims)
     app.add_directive("run-status", RunStatus)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

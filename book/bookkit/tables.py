@@ -86,11 +86,11 @@ def settings_table(rows: Iterable[Mapping[str, str]]) -> str:
 
 
 def scoreboard(rows: Iterable[Mapping[str, Any]], documents: Mapping[str, str]) -> str:
-    """The scoreboard, one table per device, from the rows of ``dsv4ref report``.
+    """The scoreboard, one table per device.
 
     Args:
-        rows: report rows (id, case, device, method, baseline_us, optimized_us, ratio, ratio_ci, noise_floor,
-            predicted, claimed, peers, gate, stale).
+        rows: rows of ``dsv4ref.optimizations.report.report_rows``: id, case, device, method, baseline_us, optimized_us,
+            ratio, ratio_ci, resolvable, predicted, peers, gate, stale and date.
         documents: per chapter id its document, for links.
 
     Returns:
@@ -98,28 +98,49 @@ def scoreboard(rows: Iterable[Mapping[str, Any]], documents: Mapping[str, str]) 
     """
     by_device: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        by_device.setdefault(row["device"] or "", []).append(row)
-    if not by_device:
-        return "No record has been made yet.\n"
+        by_device.setdefault(row["device"], []).append(row)
+    header = ("Chapter, case", "µs", "Ratio", "Predicted", "Peers, µs", "Gate", "Method", "Record")
     parts = []
-    for device in sorted(by_device, key=lambda name: (name == "", name)):
-        title = device or "Not measured yet"
+    for device in sorted(by_device):
         cells = [
             (
-                f"{_chapter(row['id'], None, documents)} {row['case'] or ''}",
-                NONE if row["ratio"] is None else f"{_us(row['baseline_us'])} → {_us(row['optimized_us'])}",
+                f"{_chapter(row['id'], None, documents)} {row['case']}",
+                f"{_us(row['baseline_us'])} → {_us(row['optimized_us'])}",
                 _ratio(row),
-                _times(row["predicted"]),
-                _claimed(row["claimed"]),
-                ", ".join(f"{name} {_us(us)}" for name, us in (row["peers"] or {}).items()) or NONE,
+                NONE if row["predicted"] is None else f"{row['predicted']:.2f}×",
+                ", ".join(f"{name} {_us(us)}" for name, us in row["peers"].items()) or NONE,
                 row["gate"],
-                ", ".join(filter(None, (row["method"], "stale" if row["stale"] else ""))) or NONE,
+                row["method"],
+                f"{row['date'][:10]}{', stale' if row['stale'] else ''}",
             )
             for row in by_device[device]
         ]
-        header = ("Chapter, case", "µs", "Ratio", "Predicted", "Claimed", "Peers, µs", "Gate", "Method")
-        parts.append(f"```{{rubric}} {title}\n```\n\n" + table(header, cells, ""))
-    return "\n".join(parts)
+        parts.append(f"```{{rubric}} {device}\n```\n\n" + table(header, cells, ""))
+    return "\n".join(parts) or "No measurement ships with the workbook yet.\n"
+
+
+def claims_table(catalogue: Mapping[str, Any], documents: Mapping[str, str]) -> str:
+    """The figures that the sources published, as they published them.
+
+    Args:
+        catalogue: per chapter id the optimisation; its ``claims`` have what, before, after, unit, device, source, note.
+        documents: per chapter id its document, for links.
+
+    Returns:
+        Markdown.
+    """
+    cells = [
+        (
+            _chapter(ident, None, documents),
+            f"{claim.what}{'; ' + claim.note if claim.note else ''}",
+            f"{claim.before:g} → {claim.after:g} {claim.unit} ({claim.gain_percent:+.2f} %)",
+            claim.device,
+            claim.source,
+        )
+        for ident, optimization in catalogue.items()
+        for claim in optimization.claims
+    ]
+    return table(("Chapter", "What", "Claimed", "Device", "Source"), cells, "No chapter quotes a published figure.")
 
 
 def run_status(records: Iterable[Any], is_stale: Callable[[Any], bool], documents: Mapping[str, str]) -> str:
@@ -158,30 +179,11 @@ def _chapter(ident: str, number: int | None, documents: Mapping[str, str]) -> st
     return f"[{label}](/{documents[ident]})" if ident in documents else label
 
 
-def _us(value: float | None) -> str:
-    if value is None:
-        return NONE
-    return f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def _times(value: object) -> str:
-    return f"{value:.2f}×" if isinstance(value, (int, float)) else str(value or NONE)
+def _us(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def _ratio(row: Mapping[str, Any]) -> str:
-    if row["ratio"] is None:
-        return NONE
-    text = _times(row["ratio"])
-    if row["ratio_ci"]:
-        low, high = row["ratio_ci"]
-        text += f" [{low:.2f}, {high:.2f}]"
-    floor = row["noise_floor"]
-    if floor is not None and abs(row["ratio"] - 1) <= floor:
-        text += " not resolvable"
-    return text
-
-
-def _claimed(value: object) -> str:
-    if isinstance(value, (list, tuple)):
-        return "; ".join(_times(one) for one in value) or NONE
-    return _times(value)
+    low, high = row["ratio_ci"]
+    text = f"{row['ratio']:.2f}× [{low:.2f}, {high:.2f}]"
+    return text if row["resolvable"] else f"{text} not resolvable"

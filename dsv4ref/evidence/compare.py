@@ -43,8 +43,8 @@ TOLERANCES = {
         rel=2.01 / 128,
         cosine=5e-6,
         yardstick_factor=2.0,
-        reason="bf16 keeps 8 significant bits: 1/128 is an ulp at the bottom of a binade, two of them cover rounding P and "
-        "the output; absolute slack near zero; norm within twice that of plain PyTorch with the same roundings",
+        reason="bf16 keeps 8 significant bits: 1/128 is an ulp at the bottom of a binade, two cover rounding P and the "
+        "output; absolute slack near zero; norm within twice that of plain PyTorch with the same roundings",
     ),
     "lse_fp32": Tolerance(
         abs=1e-6,
@@ -113,12 +113,12 @@ def identical(output: str, candidate: Tensor, oracle: Tensor, *, relation: str =
 
     NaNs are compared as bytes: the same NaN is identical, a different one is not.
     """
-    for name, ours, theirs in (
+    for name, got, want in (
         ("dtype", candidate.dtype, oracle.dtype),
         ("shape", tuple(candidate.shape), tuple(oracle.shape)),
     ):
-        if ours != theirs:
-            return Comparison(output, relation, False, f"{output}: {name} {ours}, expected {theirs}")
+        if got != want:
+            return Comparison(output, relation, False, f"{output}: {name} {got}, expected {want}")
     if relation == "bit" and candidate.stride() != oracle.stride():
         return Comparison(output, relation, False, f"{output}: stride {candidate.stride()}, expected {oracle.stride()}")
     if candidate.numel() == 0:

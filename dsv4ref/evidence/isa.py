@@ -6,7 +6,7 @@ architecture because triton 3.6.0 keeps parts of the first target it compiles fo
 as gfx942's when both are compiled in one process, often without an error (found here; 3.7.1 does not do it). The child
 sees this process's ``sys.path`` and environment, with the interpreter off. Triton caches results on disk
 (``TRITON_CACHE_DIR``). Measured with triton 3.7.1 on two CPU cores: half a second to start the child (plus what the
-kernels' modules import), then 0.1 s to 0.7 s per tile kernel cold and 2 ms warm.
+kernels' modules import), then 0.1 s to 2 s per tile kernel cold and 2 ms warm.
 
 Reading the counts (LLVM, "User Guide for AMDGPU Backend", code object metadata; `AMDGPUBaseInfo.cpp`):
 on gfx90a and later VGPRs and AGPRs are one file of 512 registers per lane. ``.vgpr_count`` is the *total* that the code
@@ -468,7 +468,7 @@ def _run_child(requests: Sequence[CompileRequest], arch: str) -> list[dict[str, 
             continue
         misfit = False
         if index < len(answers):
-            misfit = False
+            misfit = answers[index]["kind"] == "request"
             message = "\n".join(filter(None, (_last_lines(answers[index]["error"]), _last_lines(printed[index]))))
         elif index == len(answers):
             # LLVM aborts the process on errors that it calls fatal.

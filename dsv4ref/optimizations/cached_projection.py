@@ -95,7 +95,7 @@ def _life(inputs: ProjectionInputs, new_source: Callable[[Tensor, Tensor], Weigh
     # moment made repeatable.
     storage = weight.untyped_storage()
     source(weight, scale)
-    weight = torch.empty(0, dtype=inputs.dtype, device=first.device).set_(storage, 0, first.shape)
+    weight = torch.empty(0, dtype=inputs.dtype, device=first.device).set_(storage, 0, first.shape, first.stride())
     weight.data.view(torch.uint8).copy_(second)
     project("address reused")
     scale.data.copy_(inputs.scales[1])

@@ -19,6 +19,7 @@ from dsv4ref.evidence.gates import Check, Gate
 from dsv4ref.evidence.isa import CompileRequest
 from dsv4ref.formats import KVCache, Scope
 from dsv4ref.formats.kv_cache import ROW_BYTES
+from dsv4ref.kernels import peers
 from dsv4ref.kernels.sparse_mla import sparse_mla_decode
 from dsv4ref.kernels.sparse_mla.launch import PUBLISHED, STATIC, LaunchShape, choose, select_launch, table_for
 from dsv4ref.optimizations import decode_inputs, decode_model
@@ -55,7 +56,11 @@ def _timed(inputs: DecodeInputs) -> Mapping[str, Callable[[], object]]:
     rows, heads = inputs.q.shape[0], inputs.q.shape[1]
     width = inputs.extra.width if inputs.extra is not None else 0
     published = choose(PUBLISHED, rows, heads, width).shape
-    return {"baseline": variant(STATIC), "optimized": variant(None), "published": variant(published)}
+    variants = {"baseline": variant(STATIC), "optimized": variant(None), "published table": variant(published)}
+    peer = peers.flashmla_decode(
+        inputs.q, inputs.swa, inputs.extra, sink=inputs.sink, scale=inputs.scale, out=torch.empty_like(inputs.q)
+    )
+    return variants if peer is None else {**variants, "peer: FlashMLA": peer}
 
 
 def _predict(case: Case, device: str) -> Prediction:
@@ -223,10 +228,6 @@ OPTIMIZATION = Optimization(
         ),
     ),
     timed=_timed,
-    measured_modules=(
-        "dsv4ref.kernels.sparse_mla.decode",
-        "dsv4ref.kernels.sparse_mla.launch",
-        "dsv4ref.kernels.codes",
-    ),
+    measured_modules=decode_model.MEASURED_MODULES,
     kernels=_requests,
 )

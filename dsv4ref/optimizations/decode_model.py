@@ -30,6 +30,9 @@ from dsv4ref.kernels.sparse_mla.launch import LaunchShape
 
 __all__ = ["bound", "compile_request", "decode_flops", "decode_time_us", "key_bytes", "spec_for", "vector_bytes"]
 
+MEASURED_MODULES = ("dsv4ref.kernels.sparse_mla.decode", "dsv4ref.kernels.sparse_mla.launch", "dsv4ref.kernels.codes")
+"""The modules whose bytes a decode record stands on."""
+
 _MEMORY_TRIP_US = 0.7
 _TRIPS_PER_TILE = 2
 _LANES = 128

@@ -14,7 +14,9 @@ import torch
 from dsv4ref import device, kernels
 from dsv4ref.evidence import launches, records, roofline, timing
 from dsv4ref.evidence.records import Record
+from dsv4ref.kernels import peers
 from dsv4ref.optimizations.base import Case, Optimization, case_seed, verify
+from dsv4ref.optimizations.report import PEER_PREFIX
 
 __all__ = ["MAX_SECONDS", "RedGateError", "measure", "measure_case"]
 
@@ -109,7 +111,7 @@ def measure_case(opt: Optimization, case: Case, *, seed: int, run: str) -> tuple
                 gate="passed",
                 seed=seed,
                 sources=records.hash_sources(opt.measured_modules),
-                peers=None,
+                peers=peers.flashmla_note() if name.startswith(PEER_PREFIX) else None,
                 run=run,
                 **where,
             )

@@ -24,8 +24,8 @@ def report_rows(measured: Iterable[Record]) -> list[dict[str, Any]]:
 
     Returns:
         Rows with id, case, device, method, baseline_us, optimized_us, ratio, ratio_ci, noise_floor, predicted, claimed,
-        peers, gate, stale; then variants (other variants' microseconds), bound_us, date, resolvable. Times are p50 microseconds;
-        ratio is baseline over optimised.
+        peers, gate, stale; then variants (other variants' microseconds), bound_us, date, resolvable. Times are p50
+        microseconds; ratio is baseline over optimised.
     """
     chapters = catalogue.load()
     groups: dict[tuple[str, str, str, str], dict[str, Record]] = {}

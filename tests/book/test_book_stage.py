@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from bookkit import stage
 
+from dsv4ref.optimizations import catalogue
+
 
 def notebook(folder: Path, name: str, first: str = "# A title", part: str | None = None) -> Path:
     metadata = {} if part is None else {"dsv4ref": {"part": part}}
@@ -29,6 +31,16 @@ def test_chapters_come_in_order_with_title_and_part(tmp_path: Path) -> None:
         (12, "w2", "Direct *W2*", "III"),
         (19, "last", "A title", "V"),
     ]
+
+
+def test_catalogue_and_book_agree_on_parts() -> None:
+    chapters = catalogue.load()
+    assert chapters
+    for chapter in chapters.values():
+        number, name = chapter.part.split(" ", 1)
+        caption, numbers = stage.PARTS[number]
+        assert caption == f"Part {number}: {name}", chapter.id
+        assert chapter.number in numbers, chapter.id
 
 
 def test_every_number_has_exactly_one_part() -> None:

@@ -51,9 +51,9 @@ def test_book_lists_all_hazards_in_order_with_every_field_on_one_line() -> None:
 
 def report(**changes: Any) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "id": "decode", "case": "flash-256", "device": "h200", "method": "graph", "baseline_us": 682.74,
-        "optimized_us": 244.51, "ratio": 2.792, "ratio_ci": (2.78, 2.81), "noise_floor": 0.01, "predicted": 3.0,
-        "claimed": None, "peers": {"FlashMLA": 88.9}, "gate": "budget", "stale": False,
+        "id": "decode", "case": "flash-256", "device": "h200", "method": "graph", "baseline_us": 1682.74,
+        "optimized_us": 244.51, "ratio": 6.882, "ratio_ci": [6.87, 6.9], "resolvable": True, "predicted": 7.0,
+        "peers": {"FlashMLA": 88.9}, "gate": "passed", "stale": False, "date": "2026-01-02T03:04:05+00:00",
     }  # fmt: skip
     return row | changes
 
@@ -61,20 +61,43 @@ def report(**changes: Any) -> dict[str, Any]:
 def test_scoreboard_row_shows_times_ratio_interval_and_peers() -> None:
     (row,) = rows_of(tables.scoreboard([report()], DOCUMENTS))
     assert row == (
-        "| [decode](/chapters/05_decode.ipynb) flash-256 | 682.7 → 244.5 | 2.79× [2.78, 2.81] | 3.00× | – "
-        "| FlashMLA 88.9 | budget | graph |"
+        "| [decode](/chapters/05_decode.ipynb) flash-256 | 1683 → 244.5 | 6.88× [6.87, 6.90] | 7.00× "
+        "| FlashMLA 88.9 | passed | graph | 2026-01-02 |"
     )
 
 
-def test_scoreboard_says_when_a_ratio_is_not_resolvable_or_stale_or_missing() -> None:
-    (row,) = rows_of(tables.scoreboard([report(ratio=1.004, ratio_ci=(0.99, 1.02), stale=True)], {}))
-    assert "1.00× [0.99, 1.02] not resolvable" in row
-    assert row.endswith("| graph, stale |")
-    text = tables.scoreboard(
-        [report(), report(device=None, ratio=None, ratio_ci=None, baseline_us=None, peers=None)], {}
+def test_scoreboard_says_when_a_ratio_is_not_resolvable_or_stale_or_not_predicted() -> None:
+    changes = {
+        "ratio": 1.004,
+        "ratio_ci": [0.99, 1.02],
+        "resolvable": False,
+        "stale": True,
+        "predicted": None,
+        "peers": {},
+    }
+    (row,) = rows_of(tables.scoreboard([report(**changes)], {}))
+    assert "| 1.00× [0.99, 1.02] not resolvable | – | – |" in row
+    assert row.endswith("| 2026-01-02, stale |")
+
+
+def test_scoreboard_keeps_devices_apart() -> None:
+    text = tables.scoreboard([report(device="mi300x"), report(), report(device="mi300x", case="tiny")], {})
+    first, second = text.split("{rubric} mi300x")
+    assert "{rubric} h200" in first
+    assert len(rows_of(first)) == 1
+    assert len(rows_of(second)) == 2
+    assert tables.scoreboard([], {}) == "No measurement ships with the workbook yet.\n"
+
+
+def test_claims_are_quoted_with_device_source_and_note() -> None:
+    claim = SimpleNamespace(
+        what="throughput", before=4691.31, after=4822.24, unit="tok/s", gain_percent=2.791, device="2x MI300X",
+        source="PR 12", note="the text says 1.9 %",
+    )  # fmt: skip
+    (row,) = rows_of(tables.claims_table({"decode": SimpleNamespace(claims=(claim,))}, {}))
+    assert row == (
+        "| decode | throughput; the text says 1.9 % | 4691.31 → 4822.24 tok/s (+2.79 %) | 2x MI300X | PR 12 |"
     )
-    assert text.index("h200") < text.index("Not measured yet")
-    assert tables.scoreboard([], {}) == "No record has been made yet.\n"
 
 
 def test_status_has_a_row_per_run_newest_first() -> None:

@@ -18,6 +18,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dsv4ref import settings
+from dsv4ref.optimizations import catalogue
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -139,6 +140,12 @@ def test_generated_pages_hold_what_the_package_says(site: Path) -> None:
     assert missing == []
     hazards = (site / "hazards.html").read_text(encoding="utf-8")
     assert [number for number in range(1, 43) if f'id="h{number:02}"' not in hazards] == []
+    scoreboard = (site / "scoreboard.html").read_text(encoding="utf-8")
+    for ident, chapter in catalogue.load().items():
+        if any(hazard.ids for hazard in chapter.hazards.values()):
+            assert f"{chapter.number:02} {ident}" in hazards, f"the index does not say that {ident} plants a hazard"
+        for claim in chapter.claims:
+            assert f"{claim.before:g} → {claim.after:g}" in scoreboard, f"{ident}: {claim.what}"
 
 
 def test_built_site_loads_nothing_from_elsewhere(site: Path) -> None:

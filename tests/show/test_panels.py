@@ -1,6 +1,7 @@
 """Panels redraw when a control moves and fail where the function fails; frames move without a kernel."""
 
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import ipywidgets
 import pytest
 
 from dsv4ref.show.panels import bars, frames, lines, panel
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def say(rows: int = 4, kind: str = "a", split: bool = False, share: float = 0.5) -> str:
@@ -145,6 +148,7 @@ def test_frames_refuse_what_would_not_work_in_a_page(call: Any, error: type[Exce
 
 
 @pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, and there is none on PATH")
 def test_frames_move_with_mouse_and_keys_in_a_static_page(tmp_path: Path) -> None:
     from playwright.sync_api import sync_playwright
 
@@ -152,7 +156,7 @@ def test_frames_move_with_mouse_and_keys_in_a_static_page(tmp_path: Path) -> Non
     path = tmp_path / "page.html"
     path.write_text(f"<meta charset='utf-8'><div>{shown}</div><div>{shown}</div>", encoding="utf-8")
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
         page.goto(path.as_uri())
         visible = page.locator(".dsv4-frame:visible svg")

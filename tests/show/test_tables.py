@@ -1,6 +1,7 @@
 """Tables: every text escaped, verdicts in words, unknown values shown as such, and one page that sorts offline."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dsv4ref.evidence.timing import summarise
 from dsv4ref.show import Html, tables
 from dsv4ref.show.tables import Column, number, rich_table, scoreboard_html, table
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = "<script>alert(1)</script>\"'&[bold]"
 GATE = {"id": "output_passthrough", "case": "tiny", "gate": "bit", "passed": True, "detail": "0 of 4 bytes differ"}
 SCORE: dict[str, Any] = {
@@ -144,20 +146,21 @@ def test_what_was_not_measured_is_not_given_a_number() -> None:
     assert "STALE" in tables.scoreboard([SCORE | {"stale": True}]).text
 
 
-@pytest.mark.parametrize("scale", [0.5, 0.97, 0.995, 1.0, 1.004, 1.03, 2.0])
-def test_not_resolvable_is_said_exactly_where_the_timing_says_it(scale: float) -> None:
+def test_not_resolvable_is_said_exactly_where_the_timing_says_it() -> None:
     wobble = [1 + 0.01 * ((7 * i) % 11 - 5) / 5 for i in range(20)]
-    samples = {
-        "base": wobble,
-        "base again": wobble[3:] + wobble[:3],
-        "fast": [w / scale for w in wobble[5:] + wobble[:5]],
-    }
-    run = summarise(
-        samples, baseline="base", again="base again", method="graph", device_name="x", rotations=2, flush_bytes=1
-    )
-    ratio = run.ratios["fast"]
-    row = SCORE | {"ratio": ratio.median, "ratio_ci": [ratio.low, ratio.high], "noise_floor": run.noise_floor}
-    assert ("not resolvable" in tables.scoreboard([row]).text) is not run.resolvable("fast"), (ratio, run.noise_floor)
+    outside_alone = 0
+    for scale in (1 + 0.002 * step for step in range(-20, 21)):
+        noisier = [(1 + 3 * (w - 1)) / scale for w in wobble[5:] + wobble[:5]]
+        samples = {"base": wobble, "again": wobble[3:] + wobble[:3], "fast": noisier}
+        run = summarise(
+            samples, baseline="base", again="again", method="graph", device_name="x", rotations=2, flush_bytes=1
+        )
+        ratio = run.ratios["fast"]
+        row = SCORE | {"ratio": ratio.median, "ratio_ci": [ratio.low, ratio.high], "noise_floor": run.noise_floor}
+        said = "not resolvable" in tables.scoreboard([row]).text
+        assert said is not run.resolvable("fast"), (ratio, run.noise_floor)
+        outside_alone += said and abs(ratio.median - 1) > run.noise_floor
+    assert outside_alone > 0  # the ratio has left the floor, its interval has not
 
 
 def test_the_terminal_shows_the_same_cells_and_reads_no_markup() -> None:
@@ -180,6 +183,7 @@ def test_the_scoreboard_page_needs_nothing_from_outside() -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, and there is none on PATH")
 def test_clicking_a_header_sorts_by_number_and_the_filter_hides_rows(tmp_path: Path) -> None:
     from playwright.sync_api import sync_playwright
 
@@ -192,7 +196,7 @@ def test_clicking_a_header_sorts_by_number_and_the_filter_hides_rows(tmp_path: P
     path = tmp_path / "board.html"
     path.write_text(scoreboard_html(rows), encoding="utf-8")
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))

@@ -1,0 +1,5 @@
+"""``python -m dsv4ref``."""
+
+from dsv4ref.cli import main
+
+main()

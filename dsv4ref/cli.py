@@ -1,0 +1,322 @@
+"""The command line: ``dsv4ref`` or ``python -m dsv4ref``.
+
+Exit codes: 0 all good; 1 a gate failed, a hazard was not caught, a cap is exceeded or a notebook is off; 2 bad input,
+in one line that says what was expected. Listings take ``--json``; their rows are stable.
+
+Heavy imports happen inside commands, because which device is asked for decides how kernels are imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="DeepSeek-V4 inference optimisations: proved, broken, predicted, measured.",
+)
+
+Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Chapters; all of them if none is named.")]
+Json = Annotated[bool, typer.Option("--json", help="Rows as a JSON array.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the inputs; default DSV4REF_SEED, else 0.")]
+Target = Annotated[
+    Literal["cpu", "cuda"] | None, typer.Option(help="Where kernels run; default: a GPU if there is one.")
+]
+
+# Off a terminal (CI logs, pipes) tables keep their columns instead of folding at 80.
+_console = Console(width=None if sys.stdout.isatty() else 180)
+_errors = Console(stderr=True, highlight=False)
+
+
+def _refuse(message: object) -> NoReturn:
+    _errors.print(f"dsv4ref: {message}", markup=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Around calls that check what the user gave: their refusal becomes one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        _refuse(error)
+
+
+def _note(line: str) -> None:
+    _errors.print(line, markup=False, soft_wrap=True)
+
+
+def _show(rows: Sequence[Mapping[str, Any]], columns: Sequence[Any], as_json: bool, caption: str) -> None:
+    if as_json:
+        print(json.dumps(list(rows), indent=1, ensure_ascii=False))
+        return
+    from dsv4ref.show import tables
+
+    _console.print(tables.rich_table(rows, columns, caption))
+
+
+def _prepare(target: str | None) -> str:
+    """Choose where kernels run before they are imported; "cpu" means the interpreter, on a GPU machine too."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    chosen = target or ("cuda" if has_gpu else "cpu")
+    if chosen == "cuda" and not has_gpu:
+        _refuse("--device: got cuda, but torch sees no GPU here; expected cpu")
+    if chosen == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    with _refusals():
+        import dsv4ref.kernels  # noqa: F401
+    return chosen
+
+
+def _seed(seed: int | None) -> int:
+    from dsv4ref import settings
+
+    with _refusals():
+        return settings.get("DSV4REF_SEED") if seed is None else seed
+
+
+def _records() -> tuple[Any, ...]:
+    from dsv4ref import settings
+    from dsv4ref.evidence import records
+
+    with _refusals():
+        return records.shipped(extra=settings.get("DSV4REF_RECORDS"))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine is, what runs here, and packages that only share a name with what is needed."""
+    from dsv4ref import device, settings
+
+    card = device.doctor_card()
+    card["environment"] = {
+        "set": [r for r in settings.rows() if os.environ.get(r["name"])],
+        "unknown": settings.unknown(),
+    }
+    if as_json:
+        print(json.dumps(card, indent=1, ensure_ascii=False, default=str))
+        return
+    from dsv4ref.show import tables
+
+    facts = [{"fact": key, "value": value} for key, value in card["machine"].items() if key != "spec"]
+    _console.print(tables.rich_table(facts, ["fact", "value"], "This machine"))
+    known = [{"capability": n, "here": "yes" if n in card["capabilities"] else "no", "meaning": text}
+             for n, text in device.CAPABILITIES.items()]  # fmt: skip
+    _console.print(tables.rich_table(known, ["capability", "here", "meaning"], "What can run here"))
+    packages = [row if isinstance(row, Mapping) else vars(row) for row in card["packages"]]
+    _console.print(tables.rich_table(packages, ["package", "verdict", "found", "install"], "Packages"))
+    for note in card["notes"]:
+        _console.print(f"- {note}", markup=False)
+    for row in card["environment"]["unknown"]:
+        near = f", did you mean {row['nearest']}?" if row["nearest"] else ""
+        _console.print(f"- {row['name']} is set but unknown{near}", markup=False)
+
+
+@app.command("list")
+def list_chapters(as_json: Json = False) -> None:
+    """List the chapters: part, gate, notebook, devices with records."""
+    from dsv4ref.optimizations import catalogue
+
+    rows = catalogue.rows(_records())
+    _show(rows, ["number", "id", "title", "part", "gate", "notebook", "devices"], as_json, "Chapters")
+
+
+@app.command()
+def verify(
+    ids: Ids = None,
+    device: Target = None,
+    cases: Annotated[Literal["tiny", "all"], typer.Option(help="Interpreter-sized cases, or all that fit.")] = "tiny",
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Run the gates; exit 1 if one fails."""
+    where = _prepare(device)
+    from dsv4ref.optimizations import base, catalogue
+    from dsv4ref.show import tables
+
+    with _refusals():
+        chapters = catalogue.select(ids or ())
+    run_seed = _seed(seed)
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    for opt in chapters:
+        for case in opt.cases.values():
+            if cases == "tiny" and not case.tiny:
+                continue
+            if where == "cpu" and case.needs_gpu:
+                left_out.append(f"{opt.id}/{case.name}")
+                continue
+            verdict = base.verify(opt, case.name, device=where, seed=run_seed)
+            rows.append(
+                {
+                    "id": opt.id,
+                    "case": case.name,
+                    "gate": verdict.gate,
+                    "passed": verdict.passed,
+                    "detail": verdict.detail,
+                }
+            )
+    _show(rows, tables.GATES, as_json, f"Gates on {where}, seed {run_seed}")
+    if left_out:
+        _note(f"not run: too large for the CPU interpreter, they need a GPU: {', '.join(left_out)}")
+    raise typer.Exit(0 if all(row["passed"] for row in rows) else 1)
+
+
+@app.command()
+def hazards(ids: Ids = None, device: Target = None, seed: Seed = None, as_json: Json = False) -> None:
+    """Run the planted bugs through the gates; exit 1 if one is not caught."""
+    where = _prepare(device)
+    from dsv4ref.optimizations import base, catalogue
+    from dsv4ref.show import tables
+
+    with _refusals():
+        chapters = catalogue.select(ids or ())
+    run_seed = _seed(seed)
+    rows = []
+    for opt in chapters:
+        for name in opt.hazards:
+            verdict = base.run_hazard(opt, name, device=where, seed=run_seed)
+            rows.append({"id": opt.id, "hazard": name, "caught": not verdict.passed, "detail": verdict.detail})
+    _show(rows, tables.HAZARDS, as_json, f"Planted bugs on {where}, seed {run_seed}")
+    raise typer.Exit(0 if all(row["caught"] for row in rows) else 1)
+
+
+@app.command()
+def measure(
+    out: Annotated[Path, typer.Option(help="Folder for the records: OUT/<device>/<chapter>.jsonl.")],
+    ids: Ids = None,
+    seed: Seed = None,
+) -> None:
+    """Verify on this machine's GPU, then time and append records; exit 1 on a red gate, which stops the chapter."""
+    from dsv4ref.evidence import timing
+
+    with _refusals():
+        timing.require_gpu("measure")
+    _prepare("cuda")
+    from dsv4ref.optimizations import catalogue
+    from dsv4ref.optimizations import measure as measuring
+
+    with _refusals():
+        chapters = catalogue.select(ids or ())
+    run_seed = _seed(seed)
+    red = False
+    for opt in chapters:
+        try:
+            for record in measuring.measure(opt, out, seed=run_seed, progress=_note):
+                ratio = (
+                    ""
+                    if record.ratio is None
+                    else f"  {record.ratio:.3f}x [{record.ratio_low:.3f}, {record.ratio_high:.3f}]"
+                )
+                _note(f"{record.chapter} {record.case} {record.variant}: {record.p50_us:.1f} us{ratio}")
+        except measuring.RedGateError as error:
+            red = True
+            _note(f"red gate, nothing measured: {error}")
+    raise typer.Exit(1 if red else 0)
+
+
+@app.command()
+def report(
+    as_json: Json = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the scoreboard as one HTML file.")] = None,
+) -> None:
+    """Print the scoreboard from records: claimed, predicted, measured, peers, stale or not."""
+    from dsv4ref.optimizations.report import report_rows
+    from dsv4ref.show import tables
+
+    rows = report_rows(_records())
+    if html is not None:
+        with _refusals():
+            html.write_text(tables.scoreboard_html(rows), encoding="utf-8")
+    _show(rows, tables.scoreboard_columns(rows), as_json, "Scoreboard: ratio = baseline / optimised")
+
+
+@app.command()
+def isa(
+    kernels: Annotated[list[str] | None, typer.Argument(metavar="[KERNEL]...", help="Kernels; all if none.")] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="gfx942, gfx950; both if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Cross-compile the kernels and show registers, spills, LDS, waves and MFMA; exit 1 over a cap."""
+    from dsv4ref.evidence import isa as evidence
+    from dsv4ref.optimizations import catalogue
+    from dsv4ref.show import tables
+
+    archs = arch or list(evidence.ARCHS)
+    rows = []
+    with _refusals():
+        for name in archs:
+            requests = {(r.kernel, r.shape): r for opt in catalogue.load().values() for r in opt.kernels(name)}
+            known = sorted({kernel for kernel, _ in requests})
+            if unknown := sorted(set(kernels or ()) - set(known)):
+                _refuse(f"KERNEL: got {', '.join(unknown)}, expected one of {', '.join(known)}")
+            chosen = [r for r in requests.values() if not kernels or r.kernel in kernels]
+            rows += evidence.compile_rows(chosen, (name,))
+    _show([row.as_json() for row in rows], tables.ISA, as_json, "Cross-compiled, no GPU needed")
+    violations = evidence.check_caps(rows)
+    for line in violations:
+        _note(line)
+    raise typer.Exit(1 if violations else 0)
+
+
+@app.command()
+def notebooks(
+    check: Annotated[bool, typer.Option("--check", help="Say what is off; exit 1 if anything is.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Bring every notebook into normal form.")] = False,
+    execute: Annotated[Path | None, typer.Option(help="Run this notebook and keep its headline outputs.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where the notebooks are.")] = Path("notebooks"),
+    timeout: Annotated[float, typer.Option(help="Seconds a cell may take under --execute.")] = 600.0,
+) -> None:
+    """Hold the notebooks to their rules."""
+    if sum((check, fix, execute is not None)) != 1:
+        _refuse("notebooks: expected exactly one of --check, --fix, --execute NOTEBOOK")
+    with _refusals():
+        from dsv4ref import notebooks as rules
+    if execute is not None:
+        with _refusals():
+            rules.execute(execute, timeout=timeout)
+        return
+    with _refusals():
+        if fix:
+            for path in rules.fix(folder):
+                _note(f"rewritten: {path}")
+        findings = rules.check(folder)
+    for finding in findings:
+        _note(str(finding))
+    raise typer.Exit(1 if findings else 0)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Option(help="Where the notebooks are.")] = Path("notebooks"),
+) -> None:
+    """Open JupyterLab at the start notebook; further arguments go to jupyter lab."""
+    start = folder / "00_start_here.ipynb"
+    if not start.is_file():
+        _refuse(f"--folder: no {start.name} in {folder}, expected the notebooks folder of a checkout")
+    if shutil.which("jupyter-lab", path=str(Path(sys.executable).parent)) is None:
+        _refuse("JupyterLab is not installed here; expected dsv4ref with its lab extra: pip install -e .[lab]")
+    command = [sys.executable, "-m", "jupyterlab", str(start), *context.args]
+    raise typer.Exit(subprocess.call(command))
+
+
+def main() -> None:
+    """Entry point of the ``dsv4ref`` command."""
+    app()
