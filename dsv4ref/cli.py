@@ -147,7 +147,7 @@ def verify(
 ) -> None:
     """Run the gates; exit 1 if one fails."""
     where = _prepare(device)
-    from dsv4ref.optimizations import base, catalogue
+    from dsv4ref.optimizations import catalogue, chapter
     from dsv4ref.show import tables
 
     with _refusals():
@@ -162,16 +162,7 @@ def verify(
             if where == "cpu" and case.needs_gpu:
                 left_out.append(f"{opt.id}/{case.name}")
                 continue
-            verdict = base.verify(opt, case.name, device=where, seed=run_seed)
-            rows.append(
-                {
-                    "id": opt.id,
-                    "case": case.name,
-                    "gate": verdict.gate,
-                    "passed": verdict.passed,
-                    "detail": verdict.detail,
-                }
-            )
+            rows += chapter.gate_rows(opt, [case.name], target=where, seed=run_seed)
     _show(rows, tables.GATES, as_json, f"Gates on {where}, seed {run_seed}")
     if left_out:
         _note(f"not run: too large for the CPU interpreter, they need a GPU: {', '.join(left_out)}")
@@ -182,17 +173,13 @@ def verify(
 def hazards(ids: Ids = None, device: Target = None, seed: Seed = None, as_json: Json = False) -> None:
     """Run the planted bugs through the gates; exit 1 if one is not caught."""
     where = _prepare(device)
-    from dsv4ref.optimizations import base, catalogue
+    from dsv4ref.optimizations import catalogue, chapter
     from dsv4ref.show import tables
 
     with _refusals():
         chapters = catalogue.select(ids or ())
     run_seed = _seed(seed)
-    rows = []
-    for opt in chapters:
-        for name in opt.hazards:
-            verdict = base.run_hazard(opt, name, device=where, seed=run_seed)
-            rows.append({"id": opt.id, "hazard": name, "caught": not verdict.passed, "detail": verdict.detail})
+    rows = [row for opt in chapters for row in chapter.hazard_rows(opt, target=where, seed=run_seed)]
     _show(rows, tables.HAZARDS, as_json, f"Planted bugs on {where}, seed {run_seed}")
     raise typer.Exit(0 if all(row["caught"] for row in rows) else 1)
 

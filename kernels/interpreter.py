@@ -30,10 +30,11 @@ fp32 and ``tl.sum`` over bf16 rounds once at the end (a GPU rounds at every leve
 
 fp32 -> fp8 saturates, infinities included, because that is what Triton compiles to: ``cvt.rn.satfinite`` on NVIDIA (PTX
 ISA, section cvt), compare-and-select with the largest code in AMD's software path, and FP16_OVFL set in the MODE
-register around AMD's conversion instructions (triton-lang/triton#7337). Inside the finite range every cast gives
-torch's bits; outside it torch gives NaN for the fnuz dialects and infinity for e5m2. Arithmetic on fp8 does not compile
-for any GPU and raises here. Up to triton 3.9, compiled e5m2 -> bf16 casts, and e4m3 ones in AMD's software path, turn
-NaN and infinity into finite numbers (triton-lang/triton#11784; e5m2 measured on H200); here they keep them.
+register around AMD's conversion instructions (triton-lang/triton#7337; what those make of an infinity is not measured
+here). Inside the finite range every cast gives torch's bits; outside it torch 2.13 gives NaN for the fnuz dialects and
+infinity for e5m2. Arithmetic on fp8 does not compile for any GPU and raises here. Up to triton 3.9, compiled e5m2 ->
+bf16 casts, and e4m3 ones in AMD's software path, turn NaN and infinity into finite numbers (triton-lang/triton#11784;
+e5m2 measured on H200); here they keep them.
 
 Not emulated: TF32 rounding of fp32 ``tl.dot`` operands, reduced-precision fp8 accumulators (Hopper), minimum dot sizes,
 ``fp8e4b15``. Speed measured here says nothing about any kernel.

@@ -68,16 +68,18 @@ class Prediction:
     """What is expected before anything is measured.
 
     Args:
-        baseline_bytes, optimized_bytes: memory traffic per call, bytes (reads + writes of device memory).
+        baseline_bytes, optimized_bytes: bytes a call asks memory for, re-reads that caches may serve included.
+        least_bytes: bytes any implementation must move through device memory.
         flops: arithmetic per call, the same work on both sides.
         baseline_launches, optimized_launches: kernel launches per call.
         baseline_us, optimized_us: modelled microseconds per call; None if the device has no figures to model with.
-        bound_us: the larger of bytes/bandwidth and flops/rate for the optimised side; None likewise.
+        bound_us: the larger of least_bytes/bandwidth and flops/rate on published peaks; None likewise.
         reason: the model in a sentence.
     """
 
     baseline_bytes: int
     optimized_bytes: int
+    least_bytes: int
     flops: int
     baseline_launches: int
     optimized_launches: int

@@ -265,6 +265,7 @@ def _predict(case: Case, device_key: str) -> Prediction:
     return Prediction(
         baseline_bytes=eager_bytes + product_bytes,
         optimized_bytes=fingerprint_bytes + product_bytes,
+        least_bytes=product_bytes,
         flops=flops,
         baseline_launches=len(_EAGER_STEPS) + 1,
         optimized_launches=len(_DEVICE_CHECK_STEPS) + 1,

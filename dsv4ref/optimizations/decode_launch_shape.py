@@ -71,6 +71,7 @@ def _predict(case: Case, device: str) -> Prediction:
     return Prediction(
         baseline_bytes=decode_model.key_bytes(p, STATIC) + vectors,
         optimized_bytes=decode_model.key_bytes(p, selected) + vectors,
+        least_bytes=decode_model.least_bytes(p),
         flops=decode_model.decode_flops(p),
         baseline_launches=1,
         optimized_launches=1,

@@ -28,7 +28,16 @@ from dsv4ref.formats.kv_cache import ENTRY_BYTES, HEAD_DIM
 from dsv4ref.kernels.codes import decode_mode
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape
 
-__all__ = ["bound", "compile_request", "decode_flops", "decode_time_us", "key_bytes", "spec_for", "vector_bytes"]
+__all__ = [
+    "bound",
+    "compile_request",
+    "decode_flops",
+    "decode_time_us",
+    "key_bytes",
+    "least_bytes",
+    "spec_for",
+    "vector_bytes",
+]
 
 MEASURED_MODULES = ("dsv4ref.kernels.sparse_mla.decode", "dsv4ref.kernels.sparse_mla.launch", "dsv4ref.kernels.codes")
 """The modules whose bytes a decode record stands on."""
@@ -61,6 +70,11 @@ def key_bytes(params: Mapping[str, Any], shape: LaunchShape | None) -> int:
     return int(passes * params["rows"] * _keys(params) * ENTRY_BYTES)
 
 
+def least_bytes(params: Mapping[str, Any]) -> int:
+    """Bytes a decode call must move: every key once, q read, the output written."""
+    return key_bytes(params, None) + 2 * vector_bytes(params)
+
+
 def vector_bytes(params: Mapping[str, Any]) -> int:
     """Bytes of one bf16 ``[T, H, 512]`` tensor, which q and the output are."""
     return int(2 * params["rows"] * params["heads"] * HEAD_DIM)
@@ -70,8 +84,7 @@ def bound(params: Mapping[str, Any], spec: DeviceSpec) -> Bound:
     """The roofline bound of a decode call on published peaks: every key read once, q read, the output written."""
     assert spec.bandwidth_tb_s is not None
     assert spec.bf16_tflops is not None
-    moved = key_bytes(params, None) + 2 * vector_bytes(params)
-    return Bound(moved, decode_flops(params), spec.bandwidth_tb_s * 1e12, spec.bf16_tflops * 1e12)
+    return Bound(least_bytes(params), decode_flops(params), spec.bandwidth_tb_s * 1e12, spec.bf16_tflops * 1e12)
 
 
 def decode_time_us(params: Mapping[str, Any], shape: LaunchShape, spec: DeviceSpec) -> float:

@@ -132,6 +132,7 @@ def _predict(case: Case, device: str) -> Prediction:
     return Prediction(
         baseline_bytes=moved + 2 * vector,
         optimized_bytes=moved,
+        least_bytes=decode_model.least_bytes(p),
         flops=decode_model.decode_flops(p),
         baseline_launches=2,
         optimized_launches=1,

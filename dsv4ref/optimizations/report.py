@@ -25,7 +25,7 @@ def report_rows(measured: Iterable[Record]) -> list[dict[str, Any]]:
     Returns:
         Rows with id, case, device, method, baseline_us, optimized_us, ratio, ratio_ci, noise_floor, predicted, claimed,
         peers, gate, stale; then variants (other variants' microseconds), bound_us, date, resolvable. Times are p50
-        microseconds; ratio is baseline over optimised.
+        microseconds; ratio is baseline over optimised; claimed is text, since published gains are of whole systems.
     """
     chapters = catalogue.load()
     groups: dict[tuple[str, str, str, str], dict[str, Record]] = {}
@@ -61,7 +61,7 @@ def _row(opt: Optimization, case: str, device: str, method: str, variants: dict[
         "ratio_ci": [low, high],
         "noise_floor": floor,
         "predicted": opt.predict(opt.cases[case], device).ratio,
-        "claimed": [f"{c.gain_percent:+.2f} % {c.what} ({c.device}, {c.source})" for c in opt.claims],
+        "claimed": "; ".join(f"{c.gain_percent:+.2f} % {c.unit}, {c.device}" for c in opt.claims),
         "peers": {n.removeprefix(PEER_PREFIX): us for n, us in others.items() if n.startswith(PEER_PREFIX)},
         "gate": optimized.gate,
         "stale": records.is_stale(optimized),

@@ -169,9 +169,9 @@ def predicted_vs_measured(rows: Sequence[Row], title: str = "Speedup: predicted,
     """Ratio of baseline to optimised time per chapter and case: what was predicted, published and measured.
 
     Args:
-        rows: ``id, case, device, predicted, claimed, ratio, ratio_ci, date``. Ratios are numbers or None (a published
-            figure that is not a ratio is a text and is not drawn); ``ratio_ci`` is (low, high) or None; ``date`` is
-            required where ``ratio`` is a number.
+        rows: ``id, case, device, predicted, claimed, ratio, ratio_ci, date``, as the report's rows. Ratios are numbers
+            or None; published figures that are no ratio (a text, or several in a list) go into the description, not
+            into the drawing; ``ratio_ci`` is (low, high) or None; ``date`` is required where ``ratio`` is a number.
         title: of the figure.
 
     Returns:
@@ -322,8 +322,10 @@ def _us(value: float) -> str:
 
 
 def _x(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_x(item) for item in value) or "nothing"
     if value is None:
-        return "not known"
+        return "nothing"
     if not _is_number(value):
         return str(value)
     return f"{value:.{2 if abs(value - 1) >= 0.1 else 3}f}×"

@@ -75,7 +75,8 @@ def number(value: Any) -> str:
         return ", ".join(f"{key} {number(item)}" for key, item in value.items()) or UNKNOWN
     if isinstance(value, list | tuple | set | frozenset):
         items = sorted(value) if isinstance(value, set | frozenset) else value
-        return ", ".join(number(item) for item in items) or UNKNOWN
+        separator = "; " if any("," in item for item in items if isinstance(item, str)) else ", "
+        return separator.join(number(item) for item in items) or UNKNOWN
     return str(value)
 
 
@@ -167,8 +168,9 @@ def scoreboard(rows: Sequence[Row], caption: str = "Scoreboard: ratio = baseline
 
     Args:
         rows: ``id, case, device, claimed, predicted, ratio, ratio_ci, noise_floor, baseline_us, optimized_us, peers,
-            gate, stale``; ratios as numbers (a published figure may be a text), ``ratio_ci`` as (low, high),
-            ``noise_floor`` as a fraction (0.01 = ratios between 0.99 and 1.01 are not resolvable), times in us.
+            gate, stale``; ratios as numbers, ``claimed`` as a number or published figures as texts, ``ratio_ci`` as
+            (low, high), ``noise_floor`` as a fraction (an interval within 1 +- 0.01 is not resolvable at 0.01),
+            ``gate`` as a bool or "passed", times in us.
         caption: one line above the table.
     """
     return table(rows, scoreboard_columns(rows), caption)
@@ -274,7 +276,7 @@ def _cell(row: Row, column: Column) -> _Cell:
         text = ("✓ " if verdict else "✗ ") + column.words[0 if verdict else 1]
     else:
         text = number(value)
-    if value is None:
+    if value is None or text == UNKNOWN:
         sort = ""
     elif isinstance(value, Real):
         sort = repr(float(value))
@@ -398,7 +400,7 @@ SCOREBOARD = (
     Column("baseline_us", "baseline, us"),
     Column("optimized_us", "optimised, us"),
     Column("peers", "peers, us"),
-    Column("gate", words=("pass", "FAIL")),
+    Column("gate", words=("passed", "FAILED")),
     Column("stale", text=lambda row: {None: UNKNOWN, True: "STALE", False: "current"}[row["stale"]]),
 )
 

@@ -112,9 +112,14 @@ def test_figures_without_a_measurement_say_so() -> None:
 
 
 def test_a_published_figure_that_is_no_ratio_is_described_and_not_drawn() -> None:
-    fig = plots.predicted_vs_measured([RATIO | {"claimed": "58 casts per step"}])
-    assert "claimed" not in [str(line.get_label()) for line in fig.axes[0].lines]
-    assert "claimed 58 casts per step" in str(fig.get_label())
+    for claimed, said in (
+        ("58 casts per step", "58 casts per step"),
+        (["+2.79 % tok/s", "+1.9 % tok/s"], "+2.79 % tok/s, +1.9 % tok/s"),
+        ([], "nothing"),
+    ):
+        fig = plots.predicted_vs_measured([RATIO | {"claimed": claimed}])
+        assert "claimed" not in [str(line.get_label()) for line in fig.axes[0].lines]
+        assert f"predicted 1.50×, claimed {said}, measured 1.40×" in str(fig.get_label())
 
 
 def test_ratios_refuse_a_measurement_without_a_date_and_an_empty_figure() -> None:

@@ -135,8 +135,18 @@ def test_the_scoreboard_gives_claim_prediction_and_measurement_with_interval() -
     line = tables.scoreboard([SCORE]).text.splitlines()[-1]
     assert re.split(r"  +", line) == [
         "moe_tiles", "M=1024", "NVIDIA H200", "1.028×", "1.050×", "2.84× [2.79, 2.90]", "±1.2 %", "2,670", "941.2",
-        "FlashMLA 321.9", "✓ pass", "current",
+        "FlashMLA 321.9", "✓ passed", "current",
     ]  # fmt: skip
+
+
+def test_the_scoreboard_reads_a_row_of_the_report() -> None:
+    claims = ["+2.79 % tok/s (mi300x, PR 12)", "+1.9 % tok/s (mi300x, its text)"]
+    row = SCORE | {"claimed": claims, "gate": "passed", "date": "2026-10-01", "resolvable": True, "variants": {}}
+    text = tables.scoreboard([row, row | {"claimed": []}]).text
+    assert "+2.79 % tok/s (mi300x, PR 12); +1.9 % tok/s (mi300x, its text)" in text
+    assert text.count("✓ passed") == 2
+    page = scoreboard_html([row | {"claimed": []}])
+    assert 'data-sort="">–</td>' in page  # sorts among the unknown
 
 
 def test_what_was_not_measured_is_not_given_a_number() -> None:
@@ -167,7 +177,7 @@ def test_the_terminal_shows_the_same_cells_and_reads_no_markup() -> None:
     console = Console(width=240, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(rich_table([SCORE | {"id": "[bold]x[/bold]"}, PREDICTED], tables.SCOREBOARD, caption="[red]board"))
     text = console.export_text()
-    for cell in ("[bold]x[/bold]", "2.84× [2.79, 2.90]", "not measured", "✓ pass", "[red]board"):
+    for cell in ("[bold]x[/bold]", "2.84× [2.79, 2.90]", "not measured", "✓ passed", "[red]board"):
         assert cell in text
 
 
