@@ -205,7 +205,8 @@ def test_nan_in_a_block_shows_in_its_scale_and_its_values_only() -> None:
     assert torch.isfinite(back[0, 128:]).all()
 
 
-bf16_numbers = st.integers(0, 0xFFFF).filter(lambda bits: bits & 0x7F80 != 0x7F80)
+# Numbers of the last binade may round up past bf16's largest; the cache has no infinity to keep.
+bf16_numbers = st.integers(0, 0xFFFF).filter(lambda bits: bits & 0x7FFF < 0x7F00)
 
 
 @given(st.lists(bf16_numbers, min_size=64, max_size=64), st.sampled_from(list(Dialect)), st.integers(-20, 20))
@@ -217,8 +218,9 @@ def test_quantising_is_idempotent(patterns: list[int], dialect: Dialect, exponen
     and doubled codes for the same values.
     """
     numbers = torch.tensor(patterns, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    moderate = torch.randn(448, generator=torch.Generator().manual_seed(sum(patterns))) * 2.0**exponent
-    kv = torch.cat([moderate.to(torch.bfloat16), numbers])[torch.randperm(512)][None]
+    generator = torch.Generator().manual_seed(sum(patterns))
+    moderate = torch.randn(448, generator=generator) * 2.0**exponent
+    kv = torch.cat([moderate.to(torch.bfloat16), numbers])[torch.randperm(512, generator=generator)][None]
     first = quantise(kv, dialect)
     once = dequantise(*first, dialect)
     second = quantise(once, dialect)
