@@ -7,8 +7,8 @@ when is the copy stale? Two answers are provided, each stated by name:
 * ``check="host"`` compares identity, version, address and dtype of the two tensors. Free, but PyTorch keeps no version
   for writes through ``.data`` or by other libraries, and a replayed graph runs no host code: whoever writes that way
   must call `DequantisedWeight.refresh`.
-* ``check="device"`` fingerprints the bytes on the device and redoes the dequantisation there if they changed. No host
-  sync, so it can be captured, and a replayed graph follows any write.
+* ``check="device"`` fingerprints every 128 x 128 block on the device and dequantises those that changed, in one launch.
+  No host sync, so it can be captured, and a replayed graph follows any write.
 
 The bf16 buffer's address never changes, so graphs captured over it stay valid across weight updates.
 
@@ -35,37 +35,22 @@ __all__ = ["TILE_ROWS", "DequantisedWeight", "dequantise_weight", "grouped_proje
 _BLOCK = 128
 TILE_ROWS = 32
 """Weight rows one program dequantises; divides the 128 rows that share a scale."""
-_FINGERPRINT_BLOCK = 8192
 
 
 @triton.jit
-def _dequantise_tile(weight, scale, out, columns, scale_columns, MODE: tl.constexpr, TILE: tl.constexpr):
-    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    lanes = tl.program_id(1) * 128 + tl.arange(0, 128)
+def _dequantise_tile(weight, scale, out, tile_row, tile_column, columns, MODE: tl.constexpr, TILE: tl.constexpr):
+    """w[n, k] = code[n, k] * 2^(byte[n // 128, k // 128] - 127) for one tile of TILE rows and 128 columns."""
+    rows = tile_row * TILE + tl.arange(0, TILE)
+    lanes = tile_column * 128 + tl.arange(0, 128)
     at = rows[:, None].to(tl.int64) * columns + lanes[None, :]
-    factor = _decode_scales(tl.load(scale + (tl.program_id(0) * TILE // 128) * scale_columns + tl.program_id(1)))
+    factor = _decode_scales(tl.load(scale + (tile_row * TILE // 128) * (columns // 128) + tile_column))
     value = _decode_codes(tl.load(weight + at), MODE).to(tl.float32) * factor.to(tl.float32)
     tl.store(out + at, value.to(tl.bfloat16))
 
 
 @triton.jit
-def _dequantise_weight_kernel(
-    weight, scale, out, columns, scale_columns, MODE: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    # w[n, k] = code[n, k] * 2^(byte[n // 128, k // 128] - 127)
-    _dequantise_tile(weight, scale, out, columns, scale_columns, MODE, TILE)
-
-
-@triton.jit
-def _dequantise_if_changed_kernel(
-    weight, scale, out, columns, scale_columns, fresh, stored, count,
-    MODE: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    lanes = tl.arange(0, COUNT)
-    live = lanes < count
-    differs = tl.load(fresh + lanes, mask=live, other=0) != tl.load(stored + lanes, mask=live, other=0)
-    if tl.max(differs.to(tl.int32), axis=0) != 0:
-        _dequantise_tile(weight, scale, out, columns, scale_columns, MODE, TILE)
+def _dequantise_weight_kernel(weight, scale, out, columns, MODE: tl.constexpr, TILE: tl.constexpr):
+    _dequantise_tile(weight, scale, out, tl.program_id(0), tl.program_id(1), columns, MODE, TILE)
 
 
 @triton.jit
@@ -79,28 +64,29 @@ def _mix(x):
 
 
 @triton.jit
-def _partial(words, num_words, program, BLOCK: tl.constexpr):
-    """Two independently mixed sums over (position, word) of one program's part."""
-    lanes = program * BLOCK + tl.arange(0, BLOCK)
-    live = lanes < num_words
-    word = tl.load(words + lanes, mask=live, other=0).to(tl.uint32)
-    position = lanes.to(tl.uint32)
-    low = tl.where(live, _mix(word ^ (position * 0x9E3779B9)), 0)
-    high = tl.where(live, _mix(word + position * 0x85EBCA6B + 0x27D4EB2F), 0)
-    return tl.sum(low.to(tl.int64), axis=0), tl.sum(high.to(tl.int64), axis=0)
+def _follow_weight_kernel(weight_words, weight, scale, out, seen, columns, MODE: tl.constexpr, FORCE: tl.constexpr):
+    """Fingerprint one 128 x 128 block and its scale; dequantise it again if the fingerprint is not the one seen last.
 
-
-@triton.jit
-def _fingerprint_kernel(
-    weight_words, num_words, scale, num_scales, partials, weight_programs, BLOCK: tl.constexpr
-):  # fmt: skip
-    program = tl.program_id(0)
-    if program < weight_programs:
-        low, high = _partial(weight_words, num_words, program, BLOCK)
-    else:
-        low, high = _partial(scale, num_scales, program - weight_programs, BLOCK)
-    tl.store(partials + 2 * program, low)
-    tl.store(partials + 2 * program + 1, high)
+    A program reads and writes nothing but its own block, fingerprint and output, so one launch does it all and no
+    program waits for another.
+    """
+    tile_row, tile_column = tl.program_id(0), tl.program_id(1)
+    tile = tile_row * (columns // 128) + tile_column
+    rows = tl.arange(0, 128)
+    words = tl.arange(0, 32)
+    at = (tile_row * 128 + rows)[:, None].to(tl.int64) * (columns // 4) + (tile_column * 32 + words)[None, :]
+    position = (rows[:, None] * 32 + words[None, :]).to(tl.uint32)
+    word = tl.load(weight_words + at).to(tl.uint32, bitcast=True)
+    mixed = _mix(word ^ (position * 0x9E3779B9))
+    low = tl.sum(tl.sum(mixed.to(tl.int64), axis=1), axis=0)
+    # A second sum with odd weights: blocks must agree in both, and in the scale, to be taken for each other.
+    high = tl.sum(tl.sum((mixed * (2 * position + 1)).to(tl.int64), axis=1), axis=0)
+    high = high * 256 + tl.load(scale + tile).to(tl.int64)
+    changed = (tl.load(seen + 2 * tile) != low) | (tl.load(seen + 2 * tile + 1) != high)
+    if FORCE or changed:
+        _dequantise_tile(weight, scale, out, tile_row, tile_column, columns, MODE, 128)
+        tl.store(seen + 2 * tile, low)
+        tl.store(seen + 2 * tile + 1, high)
 
 
 def _check_weight(weight: object, scale: object) -> tuple[Tensor, Tensor, Dialect]:
@@ -156,9 +142,7 @@ def dequantise_weight(weight: Tensor, scale: Tensor, *, out: Tensor | None = Non
     if weight.numel():
         grid = (rows // TILE_ROWS, columns // _BLOCK)
         mode = decode_mode(dialect, architecture(weight.device))
-        _dequantise_weight_kernel[grid](
-            weight.view(torch.uint8), scale, out, columns, columns // _BLOCK, MODE=mode, TILE=TILE_ROWS
-        )
+        _dequantise_weight_kernel[grid](weight.view(torch.uint8), scale, out, columns, MODE=mode, TILE=TILE_ROWS)
     return out
 
 
@@ -203,16 +187,14 @@ class DequantisedWeight:
         self.check = check
         self.buffer = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
         self._key: _HostKey | None = None
-        self._weight_programs = triton.cdiv(weight.numel() // 4, _FINGERPRINT_BLOCK)
-        programs = self._weight_programs + triton.cdiv(scale.numel(), _FINGERPRINT_BLOCK)
-        self._fresh = torch.zeros(2 * programs if check == "device" else 0, dtype=torch.int64, device=weight.device)
-        self._stored = torch.zeros_like(self._fresh)
+        blocks = scale.numel() if check == "device" else 0
+        self._seen = torch.zeros((blocks, 2), dtype=torch.int64, device=weight.device)
         self.refresh(weight, scale)
 
     @property
     def nbytes(self) -> int:
         """Device memory the copy and its fingerprints take, bytes."""
-        return sum(t.numel() * t.element_size() for t in (self.buffer, self._fresh, self._stored))
+        return sum(t.numel() * t.element_size() for t in (self.buffer, self._seen))
 
     def refresh(self, weight: Tensor, scale: Tensor) -> None:
         """Dequantise now, whatever the check thinks; for loaders that write behind PyTorch's back.
@@ -220,13 +202,12 @@ class DequantisedWeight:
         Raises:
             TypeError, ValueError: as `dequantise_weight`; another shape than the copy's.
         """
-        weight, scale, _ = self._checked(weight, scale)
-        dequantise_weight(weight, scale, out=self.buffer)
+        weight, scale, dialect = self._checked(weight, scale)
         if self.check == "host":
+            dequantise_weight(weight, scale, out=self.buffer)
             self._key = _HostKey.of(weight, scale)
         else:
-            self._fingerprint(weight, scale)
-            self._stored.copy_(self._fresh)
+            self._follow(weight, scale, dialect, force=True)
 
     def current(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The up-to-date bf16 copy: `buffer`, refreshed in place first if the check says the weight changed.
@@ -251,23 +232,7 @@ class DequantisedWeight:
                     )
                 self.refresh(weight, scale)
             return self.buffer
-        self._fingerprint(weight, scale)
-        rows, columns = weight.shape
-        count = self._fresh.numel()
-        _dequantise_if_changed_kernel[(rows // TILE_ROWS, columns // _BLOCK)](
-            weight.view(torch.uint8),
-            scale,
-            self.buffer,
-            columns,
-            columns // _BLOCK,
-            self._fresh,
-            self._stored,
-            count,
-            MODE=decode_mode(dialect, architecture(weight.device)),
-            TILE=TILE_ROWS,
-            COUNT=triton.next_power_of_2(count),
-        )
-        self._stored.copy_(self._fresh)
+        self._follow(weight, scale, dialect, force=False)
         return self.buffer
 
     def _checked(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Dialect]:
@@ -279,15 +244,19 @@ class DequantisedWeight:
             )
         return weight, scale, dialect
 
-    def _fingerprint(self, weight: Tensor, scale: Tensor) -> None:
-        _fingerprint_kernel[(self._fresh.numel() // 2,)](
+    def _follow(self, weight: Tensor, scale: Tensor, dialect: Dialect, *, force: bool) -> None:
+        if weight.numel() == 0:
+            return
+        rows, columns = weight.shape
+        _follow_weight_kernel[(rows // _BLOCK, columns // _BLOCK)](
             weight.view(torch.int32),
-            weight.numel() // 4,
+            weight.view(torch.uint8),
             scale,
-            scale.numel(),
-            self._fresh,
-            self._weight_programs,
-            BLOCK=_FINGERPRINT_BLOCK,
+            self.buffer,
+            self._seen,
+            columns,
+            MODE=decode_mode(dialect, architecture(weight.device)),
+            FORCE=force,
         )
 
 

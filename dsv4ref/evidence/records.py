@@ -113,25 +113,36 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedFigure:
-    """A figure that somebody else published: quoted with its device, conditions and source, never measured here.
+    """A change that somebody else published: two figures, their device and source, never measured here.
+
+    `what` says what was measured and under which conditions; `note` what to know before quoting it.
 
     Raises: ValueError or TypeError naming the field, what it holds and what is expected.
     """
 
     chapter: str
     what: str
-    value: float
+    before: float
+    after: float
     unit: str
     device: str
-    conditions: str
     source: str
+    note: str
     kind: str = "published"
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_fixed(self, kind="published", schema=SCHEMA)
-        _check_keys(self, "chapter", "device")
+        _check_keys(self, "chapter")
+        for name in ("before", "after"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive figure")
+
+    @property
+    def gain_percent(self) -> float:
+        """Change from before to after, percent; the text of a source may say otherwise, its figures say this."""
+        return 100.0 * (self.after / self.before - 1.0)
 
 
 AnyRecord = TypeVar("AnyRecord", Record, PublishedFigure)
@@ -223,10 +234,10 @@ def shipped(extra: Path | None = None) -> tuple[Record, ...]:
     return records if extra is None else records + read_folder(extra)
 
 
-def published() -> tuple[PublishedFigure, ...]:
-    """The published figures that came with the package. Raises as `read`."""
+def published(chapter: str | None = None) -> tuple[PublishedFigure, ...]:
+    """The published figures that came with the package, of one chapter or all. Raises as `read`."""
     with importlib.resources.as_file(importlib.resources.files(PACKAGE) / "data" / "published.jsonl") as path:
-        return read_published(path)
+        return tuple(figure for figure in read_published(path) if chapter in (None, figure.chapter))
 
 
 def latest(records: Iterable[Record]) -> tuple[Record, ...]:

@@ -14,8 +14,9 @@ from typing import Any
 
 from dsv4ref.evidence.gates import Gate, Outputs, Verdict, poisoned_allocations
 from dsv4ref.evidence.isa import CompileRequest
+from dsv4ref.evidence.records import PublishedFigure
 
-__all__ = ["Case", "Claim", "Hazard", "Optimization", "Prediction", "case_seed", "run_hazard", "verify"]
+__all__ = ["Case", "Hazard", "Optimization", "Prediction", "case_seed", "run_hazard", "verify"]
 
 Inputs = Any
 """What a chapter's `make_inputs` builds: its own small dataclass. Only that chapter's functions look inside."""
@@ -97,33 +98,6 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A published figure.
-
-    Args:
-        what: what was measured, e.g. "output throughput, 512/512, concurrency 5120".
-        before, after: the two figures, in `unit`.
-        unit: e.g. "tok/s".
-        device: e.g. "2x MI300X".
-        source: who published it.
-        note: what to know before quoting it.
-    """
-
-    what: str
-    before: float
-    after: float
-    unit: str
-    device: str
-    source: str
-    note: str = ""
-
-    @property
-    def gain_percent(self) -> float:
-        """Change from before to after, percent."""
-        return 100.0 * (self.after / self.before - 1.0)
-
-
-@dataclass(frozen=True)
 class Optimization:
     """A claim and everything needed to check it.
 
@@ -139,7 +113,7 @@ class Optimization:
         gate: what must hold between them.
         hazards: planted bugs by name.
         predict: (case, device key) -> Prediction.
-        claims: published figures.
+        claims: published figures, from data/published.jsonl.
         timed: inputs -> named callables to time: "baseline", "optimized" and any other variants and peers.
         measured_modules: modules whose bytes decide whether a record is stale.
         kernels: architecture -> the compile requests for ISA evidence, one per kernel and launch shape.
@@ -158,7 +132,7 @@ class Optimization:
     gate: Gate
     hazards: Mapping[str, Hazard]
     predict: Callable[[Case, str], Prediction]
-    claims: tuple[Claim, ...]
+    claims: tuple[PublishedFigure, ...]
     timed: Callable[[Inputs], Mapping[str, Callable[[], object]]]
     measured_modules: tuple[str, ...]
     yardstick: Callable[[Inputs], Outputs] | None = None

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dsv4ref import config, device
 from dsv4ref.config import ModelConfig
+from dsv4ref.evidence import records
 from dsv4ref.evidence.gates import Check, Gate
 from dsv4ref.evidence.isa import CompileRequest
 from dsv4ref.evidence.roofline import Bound
@@ -29,7 +30,7 @@ from dsv4ref.formats import Dialect, fp8, ue8m0
 from dsv4ref.kernels.codes import decode_mode
 from dsv4ref.kernels.projection import TILE_ROWS, DequantisedWeight, dequantise_weight, grouped_projection
 from dsv4ref.optimizations import decode_model
-from dsv4ref.optimizations.base import Case, Claim, Hazard, Optimization, Prediction
+from dsv4ref.optimizations.base import Case, Hazard, Optimization, Prediction
 from dsv4ref.ref.projection import WEIGHT_BLOCK, dequantise_weight_ref, grouped_projection_ref
 
 __all__ = ["EVENTS", "OPTIMIZATION", "KeyTrial", "ProjectionInputs", "broken_keys", "copy_bytes"]
@@ -244,7 +245,7 @@ _EAGER_STEPS: Mapping[str, int] = {
 }
 """The eager dequantisation, launch by launch: bytes moved per weight element (the unexpanded scales count as none)."""
 
-_DEVICE_CHECK_STEPS = ("fingerprint", "dequantise if changed", "keep the fingerprint")
+_DEVICE_CHECK_STEPS = ("fingerprint, and dequantise the blocks that changed",)
 
 
 def _predict(case: Case, device_key: str) -> Prediction:
@@ -290,10 +291,20 @@ def _requests(arch: str) -> tuple[CompileRequest, ...]:
             module="dsv4ref.kernels.projection",
             function="_dequantise_weight_kernel",
             shape=f"{TILE_ROWS}x{WEIGHT_BLOCK} w4 s1",
-            signature={**pointers, "columns": "i32", "scale_columns": "i32"},
+            signature={**pointers, "columns": "i32"},
             constexprs={"MODE": decode_mode(native, arch), "TILE": TILE_ROWS},
             num_warps=4,
             divisible_by_16=frozenset({*pointers, "columns"}),
+        ),
+        CompileRequest(
+            kernel="follow_weight",
+            module="dsv4ref.kernels.projection",
+            function="_follow_weight_kernel",
+            shape=f"{WEIGHT_BLOCK}x{WEIGHT_BLOCK} w4 s1",
+            signature={"weight_words": "*i32", **pointers, "seen": "*i64", "columns": "i32"},
+            constexprs={"MODE": decode_mode(native, arch), "FORCE": False},
+            num_warps=4,
+            divisible_by_16=frozenset({"weight_words", *pointers, "seen", "columns"}),
         ),
     )
 
@@ -374,26 +385,7 @@ OPTIMIZATION = Optimization(
         ),
     },
     predict=_predict,
-    claims=(
-        Claim(
-            what="output throughput, 512/512, concurrency 1024",
-            before=2508.97,
-            after=2504.91,
-            unit="tok/s",
-            device="2x MI300X",
-            source="doubleword branch clean-linear-throughput-20260526, commit e2bed82f4",
-            note="a loss of 4.06 tok/s, which the source calls noise; one run per rung",
-        ),
-        Claim(
-            what="output throughput, 8k/1k, concurrency 4, together with one-launch inverse RoPE",
-            before=78.03,
-            after=90.19,
-            unit="tok/s",
-            device="MI355X",
-            source="vllm#45103",
-            note="two changes in one figure",
-        ),
-    ),
+    claims=records.published("cached_projection"),
     timed=_timed,
     measured_modules=("dsv4ref.kernels.projection", "dsv4ref.kernels.codes", "dsv4ref.ref.projection"),
     kernels=_requests,

@@ -13,7 +13,7 @@ import torch
 from dsv4ref import device, kernels, settings
 from dsv4ref.evidence import isa, records
 from dsv4ref.evidence.records import Record
-from dsv4ref.optimizations import base, measure
+from dsv4ref.optimizations import base, measure, report
 from dsv4ref.optimizations.base import Optimization
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "isa_rows",
     "measurements",
     "prediction_rows",
+    "residual_rows",
+    "where",
 ]
 
 _TARGETS = ("mi300x", "mi355x", "h200")
@@ -101,18 +103,19 @@ def hazard_rows(
         yield {"id": opt.id, "hazard": name, "caught": not verdict.passed, "detail": verdict.detail}
 
 
-def prediction_rows(opt: Optimization, devices: Sequence[str] = _TARGETS) -> list[dict[str, Any]]:
-    """What is expected of every measured case, on every device, before anything is measured."""
+def prediction_rows(
+    opt: Optimization, cases: Iterable[str] | None = None, devices: Sequence[str] = _TARGETS
+) -> list[dict[str, Any]]:
+    """What is expected of the measured cases (or of those named), on every device, before anything is measured."""
+    names = [case.name for case in opt.cases.values() if case.measured] if cases is None else list(cases)
     rows = []
-    for key in devices:
-        for case in opt.cases.values():
-            if not case.measured:
-                continue
-            p = opt.predict(case, key)
+    for name in names:
+        for key in devices:
+            p = opt.predict(opt.case(name), key)
             rows.append(
                 {
                     "device": key,
-                    "case": case.name,
+                    "case": name,
                     "MB before": p.baseline_bytes / 1e6,
                     "MB after": p.optimized_bytes / 1e6,
                     "GFLOP": p.flops / 1e9,
@@ -140,6 +143,25 @@ def claim_rows(opt: Optimization) -> list[dict[str, Any]]:
         }
         for c in opt.claims
     ]
+
+
+def residual_rows(opt: Optimization, measured: Iterable[Record]) -> list[dict[str, Any]]:
+    """Predicted beside measured times, per case and device: how far the model is off on either side."""
+    rows = []
+    for row in report.report_rows(measured):
+        p = opt.predict(opt.case(row["case"]), row["device"])
+        rows.append(
+            {
+                "case": row["case"],
+                "device": row["device"],
+                "baseline: model, us": p.baseline_us,
+                "measured, us": row["baseline_us"],
+                "optimised: model, us": p.optimized_us,
+                "measured , us": row["optimized_us"],
+                "% of bound": None if row["bound_us"] is None else 100 * row["bound_us"] / row["optimized_us"],
+            }
+        )
+    return rows
 
 
 def measurements(opt: Optimization, cases: Iterable[str] | None = None) -> tuple[str, list[Record]]:

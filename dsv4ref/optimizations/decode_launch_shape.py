@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dsv4ref.evidence import records
 from dsv4ref.evidence.gates import Check, Gate
 from dsv4ref.evidence.isa import CompileRequest
 from dsv4ref.formats import KVCache, Scope
@@ -23,7 +24,7 @@ from dsv4ref.kernels import peers
 from dsv4ref.kernels.sparse_mla import sparse_mla_decode
 from dsv4ref.kernels.sparse_mla.launch import PUBLISHED, STATIC, LaunchShape, choose, select_launch, table_for
 from dsv4ref.optimizations import decode_inputs, decode_model
-from dsv4ref.optimizations.base import Case, Claim, Hazard, Optimization, Prediction
+from dsv4ref.optimizations.base import Case, Hazard, Optimization, Prediction
 from dsv4ref.optimizations.decode_inputs import DecodeInputs, decode_case
 
 __all__ = ["OPTIMIZATION"]
@@ -208,26 +209,7 @@ OPTIMIZATION = Optimization(
         ),
     },
     predict=_predict,
-    claims=(
-        Claim(
-            what="output throughput, concurrency 5120",
-            before=4362.78,
-            after=4603.64,
-            unit="tok/s",
-            device="2x MI300X",
-            source="doubleword PR 12",
-            note="whole serving benchmark, one run",
-        ),
-        Claim(
-            what="output throughput, 512/512, concurrency 1024",
-            before=2504.91,
-            after=2539.07,
-            unit="tok/s",
-            device="2x MI300X",
-            source="doubleword branch clean-linear-throughput-20260526, commit 2d220c75d",
-            note="one run per rung of a ladder on which another rung's -4.06 tok/s is called noise",
-        ),
-    ),
+    claims=records.published("decode_launch_shape"),
     timed=_timed,
     measured_modules=decode_model.MEASURED_MODULES,
     kernels=_requests,

@@ -95,7 +95,9 @@ def test_cpu_tensors_are_refused_where_kernels_are_compiled(monkeypatch: pytest.
     architecture.cache_clear()
     monkeypatch.setattr(kernels, "mode", lambda: "compiled")
     try:
-        with pytest.raises(ValueError, match=r"device: got CPU tensors while kernels are compiled; expected GPU tensors"):
+        with pytest.raises(
+            ValueError, match=r"device: got CPU tensors while kernels are compiled; expected GPU tensors"
+        ):
             architecture(torch.device("cpu"))
     finally:
         architecture.cache_clear()

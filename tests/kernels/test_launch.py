@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from dsv4ref.device import native_dialect
 from dsv4ref.evidence import isa
 from dsv4ref.evidence.isa import CompileRequest
+from dsv4ref.formats import Dialect
+from dsv4ref.kernels.codes import decode_mode
 from dsv4ref.kernels.sparse_mla.launch import (
     PUBLISHED,
     SELECTION,
@@ -156,37 +159,50 @@ def test_a_shape_prints_itself_and_counts_its_workgroups() -> None:
 # --- what the compiler makes of them, for GPUs that are not here -----------------------------------------------------
 
 
-def variants(request: CompileRequest) -> list[CompileRequest]:
-    """The serving configuration and the others that a shape is launched in: each changes code, registers or LDS."""
-    native, other = request.constexprs["SWA_MODE"], request.constexprs["EXTRA_MODE"]
-    if native == other:
-        other = "bits_fnuz"
-    changes: dict[str, dict[str, int | bool | float | str | None]] = {
-        "serving": {},
-        "SWA only, no sink": {"HAS_EXTRA": False, "HAS_SINK": False},
-        "LSE, C128 blocks": {"HAS_LSE": True, "EXTRA_BLOCK": 2},
-        "other dialect twice": {"SWA_MODE": other, "EXTRA_MODE": other},
-        "own dialect twice, LSE": {"SWA_MODE": native, "EXTRA_MODE": native, "HAS_LSE": True},
-    }
-    return [
-        replace(
-            request,
-            shape=f"{request.shape}, {label}",
-            constexprs={**request.constexprs, **change},
-            signature={**request.signature, "lse": "*fp32" if change.get("HAS_LSE") else "*bf16"},
-        )
-        for label, change in changes.items()
-    ]
+def variant(request: CompileRequest, label: str, **changes: int | str) -> CompileRequest:
+    """The request with other constexprs; a real LSE pointer goes with HAS_LSE."""
+    return replace(
+        request,
+        shape=f"{request.shape}, {label}",
+        constexprs={**request.constexprs, **changes},
+        signature={**request.signature, "lse": "*fp32" if changes.get("HAS_LSE") else "*bf16"},
+    )
+
+
+def shapes_of(arch: str) -> list[CompileRequest]:
+    shapes = dict.fromkeys(rule.shape for rule in table_for(arch))
+    return [decode_model.compile_request(shape, arch) for shape in shapes]
 
 
 @pytest.mark.parametrize("arch", isa.ARCHS)
 def test_every_selected_shape_fits_registers_and_lds(arch: str) -> None:
-    shapes = dict.fromkeys(rule.shape for rule in table_for(arch))
-    requests = [v for shape in shapes for v in variants(decode_model.compile_request(shape, arch))]
+    """In every configuration that is served on the architecture: dialects, scopes, block sizes, sink, LSE."""
+    own, ocp = (decode_mode(d, arch) for d in (Dialect.of(native_dialect(arch)), Dialect.FN))
+    requests = [
+        request
+        for shape in shapes_of(arch)
+        for request in (
+            shape,
+            variant(shape, "SWA only, no sink", HAS_EXTRA=False, HAS_SINK=False),
+            variant(shape, "LSE, C128 blocks", HAS_LSE=True, EXTRA_BLOCK=2),
+            variant(shape, "own dialect twice", SWA_MODE=own, EXTRA_MODE=own),
+            variant(shape, "OCP twice, LSE", SWA_MODE=ocp, EXTRA_MODE=ocp, HAS_LSE=True),
+        )
+    ]
     rows = isa.compile_rows(requests, [arch])
     assert isa.check_caps(rows) == []
     assert [row.shape for row in rows] == [request.shape for request in requests]
     assert all(row.mfma > 0 for row in rows), "matrix instructions must be used"
+
+
+def test_caches_written_on_gfx942_fit_on_gfx950_too() -> None:
+    """fnuz is read by moving bits there, which takes more registers than the hardware's conversion."""
+    requests = [
+        variant(shape, label, SWA_MODE="bits_fnuz", EXTRA_MODE=extra)
+        for shape in shapes_of("gfx950")
+        for label, extra in (("fnuz + OCP", "native_fn"), ("fnuz twice", "bits_fnuz"))
+    ]
+    assert isa.check_caps(isa.compile_rows(requests, ["gfx950"])) == []
 
 
 @pytest.mark.parametrize("arch", isa.ARCHS)

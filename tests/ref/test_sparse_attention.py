@@ -29,9 +29,7 @@ def queries(rng: torch.Generator, rows: int, heads: int) -> Tensor:
     return (torch.randn((rows, heads, 512), generator=rng) * 16).to(torch.bfloat16)
 
 
-def by_loops(
-    q: list[float], keys: list[list[float]], sink: float | None, scale: float
-) -> tuple[list[float], float]:
+def by_loops(q: list[float], keys: list[list[float]], sink: float | None, scale: float) -> tuple[list[float], float]:
     """One query vector over its keys: the formula, number by number, in Python's float64."""
     scores = [scale * sum(a * b for a, b in zip(q, key, strict=True)) for key in keys]
     mass = math.fsum(math.exp(score) for score in scores)
