@@ -1,108 +1,25 @@
-"""The sparse decode kernel against the reference: interpreted on a CPU, compiled on a GPU, the same tests.
-
-Every output and scratch starts as NaN, every cache ends in a block of 0xFF (NaN codes, scales and rope), and inputs are
-built on the CPU so that they do not depend on the device.
-"""
+"""The sparse decode kernel against the reference: interpreted on a CPU, compiled on a GPU, the same tests."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from decode_calls import Builder, Call
 from torch import Tensor
 
 from dsv4ref import diagnostics
-from dsv4ref.evidence import compare
-from dsv4ref.evidence.gates import poisoned_allocations
 from dsv4ref.formats import Dialect, KVCache, Scope, kv_cache
-from dsv4ref.formats.scope import ragged
 from dsv4ref.kernels.sparse_mla import decode
 from dsv4ref.kernels.sparse_mla.decode import sparse_mla_decode
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape
-from dsv4ref.ref.sparse_attention import sparse_attention_plain, sparse_attention_ref
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 GUARD_BITS = 0x7FA5  # a NaN with a payload: an overwritten guard shows in its bytes
-Lists = Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one decode, and what the reference makes of them."""
-
-    q: Tensor
-    swa: Scope
-    extra: Scope | None = None
-    sink: Tensor | None = None
-    scale: float = 512**-0.5
-
-    def run(self, **options: Any) -> tuple[Tensor, Tensor]:
-        """The kernel's out and LSE, into poisoned memory."""
-        with poisoned_allocations():
-            out, lse = sparse_mla_decode(
-                self.q, self.swa, self.extra, sink=self.sink, scale=self.scale, **{"return_lse": True, **options}
-            )
-        assert lse is not None
-        return out, lse
-
-    def check(self, out: Tensor, lse: Tensor | None = None) -> None:
-        """Hold results against the budget of the attention gates."""
-        scopes = [self.swa] if self.extra is None else [self.swa, self.extra]
-        want, want_lse = sparse_attention_ref(self.q, scopes, self.sink, self.scale)
-        plain, _ = sparse_attention_plain(self.q, scopes, self.sink, self.scale)
-        found = compare.close("out", out, want, compare.TOLERANCES["attention_bf16"], plain)
-        assert found.passed, found.detail
-        if lse is not None:
-            found = compare.close("lse", lse, want_lse, compare.TOLERANCES["lse_fp32"])
-            assert found.passed, found.detail
-
-
-class Builder:
-    """Builds calls on one device from one generator."""
-
-    def __init__(self, rng: torch.Generator, device: str) -> None:
-        self.rng, self.device = rng, device
-
-    def randn(self, *shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=self.rng) * std
-
-    def queries(self, rows: int, heads: int) -> Tensor:
-        return self.randn(rows, heads, 512, std=16.0).to(torch.bfloat16).to(self.device)
-
-    def cache(self, entries: int, block: int = 64, dialect: str = "e4m3fn") -> KVCache:
-        """``entries`` rounded up to whole blocks, then one block of poison."""
-        blocks = -(-entries // block)
-        cache = kv_cache.allocate(blocks + 1, block, dialect, device=self.device, fill=0xFF)
-        slots = torch.arange(blocks * block, device=self.device)
-        kv_cache.insert(cache, slots, self.randn(blocks * block, 512, std=0.1).to(self.device))
-        return cache
-
-    def scope(self, cache: KVCache, lists: Lists) -> Scope:
-        return Scope(cache, *ragged(lists, self.device), width=max((len(row) for row in lists), default=0))
-
-    def lists(self, lengths: Sequence[int], entries: int) -> list[list[int]]:
-        return [torch.randint(0, entries, (n,), generator=self.rng).tolist() for n in lengths]
-
-    def call(
-        self, swa: Lists, extra: Lists | None = None, *, heads: int = 4, blocks: tuple[int, int] = (64, 64),
-        dialects: tuple[str, str] = ("e4m3fn", "e4m3fn"), entries: int = 64, sink: bool = True,
-    ) -> Call:  # fmt: skip
-        return Call(
-            q=self.queries(len(swa), heads),
-            swa=self.scope(self.cache(entries, blocks[0], dialects[0]), swa),
-            extra=None if extra is None else self.scope(self.cache(entries, blocks[1], dialects[1]), extra),
-            sink=self.randn(heads).to(self.device) if sink else None,
-        )
-
-    def small(self, rows: int = 2, heads: int = 4, **options: Any) -> Call:
-        """Rows of 20 SWA and 17 extra slots: whole and partial tiles of 16."""
-        return self.call(self.lists([20] * rows, 64), self.lists([17] * rows, 64), heads=heads, **options)
 
 
 @pytest.fixture
@@ -170,9 +87,9 @@ def test_scale_is_an_argument(build: Builder) -> None:
 
 def test_scores_in_the_thousands_do_not_overflow(build: Builder) -> None:
     call = build.small()
-    call = replace(call, q=call.q * 256)
+    call = replace(call, q=call.q * 512)
     out, lse = call.run()
-    assert lse.abs().max() > 1000
+    assert lse.abs().max() > 1000, "the test must reach scores whose exponential overflows"
     call.check(out, lse)
 
 
@@ -216,16 +133,12 @@ def test_sinks_far_from_the_scores(offset: float, build: Builder) -> None:
     call.check(*call.run())
 
 
-def test_the_lse_may_be_left_out_or_given_with_any_strides(build: Builder, device: str) -> None:
+def test_the_lse_may_be_left_out_or_given_inside_a_larger_buffer(build: Builder, device: str) -> None:
     call = build.small(rows=3, heads=5)
     out, lse = call.run()
     bare, none = sparse_mla_decode(call.q, call.swa, call.extra, sink=call.sink)
     assert none is None
     assert same_bytes(bare, out)
-    memory = torch.full((5, 7), 7.0, device=device)
-    given = memory.T[2:5]  # [3, 5]: rows next to each other, heads 7 apart
-    with pytest.raises(ValueError, match=r"lse: got strides \(1, 7\), expected a unit stride in the last dimension"):
-        call.run(lse=given)
     memory = torch.full((6, 9), 7.0, device=device)
     given = memory[2:5, 3:8]
     out_given, returned = call.run(lse=given)
@@ -512,138 +425,3 @@ def test_a_bad_shape_in_the_environment_is_an_error(
     monkeypatch.setenv("DSV4REF_LAUNCH_SHAPE", text)
     with pytest.raises(ValueError, match=message):
         build.call([[1, 2]]).run()
-
-
-# --- refusals --------------------------------------------------------------------------------------------------------
-
-
-def _meta_scope() -> Scope:
-    cache = kv_cache.allocate(1, 2, "e4m3fn", device="meta")
-    return Scope(cache, *(t.to("meta") for t in ragged([[0], [1]])), width=1)
-
-
-def _refused(call: Call, error: type[Exception], message: str, **arguments: Any) -> None:
-    fields = {"q": call.q, "swa": call.swa, "extra": call.extra, "sink": call.sink, **arguments}
-    with pytest.raises(error, match=re.escape(message)):
-        sparse_mla_decode(fields.pop("q"), fields.pop("swa"), fields.pop("extra"), **fields)
-
-
-@pytest.mark.parametrize(
-    ("argument", "change", "error", "message"),
-    [
-        ("q", lambda c: c.q.tolist(), TypeError, "q: got list, expected a torch.Tensor"),
-        ("q", lambda c: c.q.float(), TypeError, "q: got torch.float32, expected torch.bfloat16"),
-        ("q", lambda c: c.q[0], ValueError, "q: got shape [4, 512], expected [T, H, 512]"),
-        ("q", lambda c: c.q[..., :448], ValueError, "q: got shape [2, 4, 448], expected [T, H, 512]"),
-        ("q", lambda c: c.q[:, :0], ValueError, "q: got 0 heads, expected at least 1"),
-        ("q", lambda c: c.q.repeat(1, 1, 2)[..., ::2], ValueError, "q: got strides (4096, 1024, 2), expected a unit"),
-        ("swa", lambda c: c.swa.cache, TypeError, "swa: got KVCache, expected a Scope"),
-        ("swa", lambda c: None, TypeError, "swa: got NoneType, expected a Scope"),
-        ("swa", lambda c: replace(c.swa, indptr=c.swa.indptr[:2]), ValueError, "swa: its indptr has 1 rows, expected 2"),
-        ("swa", lambda c: _meta_scope(), ValueError, "swa: cache on meta, expected"),
-        ("extra", lambda c: c.swa.cache, TypeError, "extra: got KVCache, expected a Scope"),
-        ("extra", lambda c: replace(c.swa, indptr=c.swa.indptr[:1]), ValueError, "extra: its indptr has 0 rows"),
-        ("extra", lambda c: _meta_scope(), ValueError, "extra: cache on meta, expected"),
-        ("sink", lambda c: c.sink.double(), TypeError, "sink: got torch.float64, expected torch.float32"),
-        ("sink", lambda c: 0.0, TypeError, "sink: got float, expected a torch.Tensor"),
-        ("sink", lambda c: c.sink[:3], ValueError, "sink: got shape [3], expected [4]"),
-        ("sink", lambda c: c.sink.repeat(2)[::2], ValueError, "sink: got strides (2,), expected a contiguous tensor"),
-        ("sink", lambda c: c.sink.to("meta"), ValueError, "sink: on meta, expected"),
-        ("scale", lambda c: 0.0, ValueError, "scale: got 0.0, expected a positive finite float"),
-        ("scale", lambda c: -0.1, ValueError, "scale: got -0.1"),
-        ("scale", lambda c: math.nan, ValueError, "scale: got nan"),
-        ("scale", lambda c: math.inf, ValueError, "scale: got inf"),
-        ("scale", lambda c: 1, ValueError, "scale: got 1, expected a positive finite float"),
-        ("scale", lambda c: None, ValueError, "scale: got None"),
-        ("out", lambda c: c.q.tolist(), TypeError, "out: got list, expected a torch.Tensor"),
-        ("out", lambda c: c.q.float(), TypeError, "out: got torch.float32, expected torch.bfloat16"),
-        ("out", lambda c: torch.empty_like(c.q)[:1], ValueError, "out: got shape [1, 4, 512], expected [2, 4, 512]"),
-        ("out", lambda c: c.q.to("meta"), ValueError, "out: on meta, expected"),
-        ("out", lambda c: c.q.repeat(1, 1, 2)[..., ::2], ValueError, "out: got strides (4096, 1024, 2), expected a unit"),
-        ("out", lambda c: c.q[:1].clone().expand(2, 4, 512), ValueError, "with strides (0, 512, 1) overlaps itself"),
-        ("lse", lambda c: c.q[..., 0].clone(), TypeError, "lse: got torch.bfloat16, expected torch.float32"),
-        ("lse", lambda c: c.sink.clone(), ValueError, "lse: got shape [4], expected [2, 4]"),
-        ("lse", lambda c: torch.empty(2, 4, device="meta"), ValueError, "lse: on meta, expected"),
-        ("lse", lambda c: c.sink.clone().expand(2, 4), ValueError, "lse: shape [2, 4] with strides (0, 1) overlaps itself"),
-        ("launch", lambda c: "64x16x8", TypeError, "launch: got str, expected a LaunchShape"),
-        ("launch", lambda c: (64, 16, 8), TypeError, "launch: got tuple, expected a LaunchShape"),
-    ],
-)  # fmt: skip
-def test_bad_arguments_are_named(
-    argument: str, change: Any, error: type[Exception], message: str, build: Builder
-) -> None:
-    call = build.call([[1], [2]])
-    _refused(call, error, message, **{argument: change(call)})
-
-
-def _over(other: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor that begins in the last 16 bytes of another one's memory; the pool holds both."""
-    size = math.prod(shape) * dtype.itemsize
-    begin = other.storage_offset() * other.element_size() + other.numel() * other.element_size() - 16
-    pool = torch.empty(0, dtype=torch.uint8, device=other.device).set_(other.untyped_storage())
-    return pool[begin : begin + size].view(dtype).view(shape)
-
-
-def _pooled(tensor: Tensor) -> Tensor:
-    """A copy at the start of a pool that is large enough for an output behind it."""
-    size = tensor.numel() * tensor.element_size()
-    pool = torch.zeros(size + (1 << 16), dtype=torch.uint8, device=tensor.device)
-    copy = pool[:size].view(tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor)
-
-
-INPUTS = {
-    "q": "q",
-    "swa cache": "the swa cache",
-    "extra cache": "the extra cache",
-    "swa indices": "the swa indices",
-    "extra indices": "the extra indices",
-    "swa indptr": "the swa indptr",
-    "extra indptr": "the extra indptr",
-    "sink": "sink",
-}
-
-
-@pytest.mark.parametrize("which", INPUTS)
-@pytest.mark.parametrize("output", ["out", "lse"])
-def test_an_output_that_shares_memory_with_an_input_is_refused(output: str, which: str, build: Builder) -> None:
-    """Programs that finish early would write what others have yet to read."""
-    call = build.call([list(range(4)), [2] * 4], [list(range(4)), [2] * 4])
-    assert call.extra is not None
-    assert call.sink is not None
-    shape, dtype = ((2, 4, 512), torch.bfloat16) if output == "out" else ((2, 4), torch.float32)
-    if which == "q":
-        call = replace(call, q=_pooled(call.q))
-        victim = call.q
-    elif which == "sink":
-        call = replace(call, sink=_pooled(call.sink))
-        assert call.sink is not None
-        victim = call.sink
-    else:
-        name, part = which.split()
-        scope = call.swa if name == "swa" else call.extra
-        if part == "cache":
-            # The second block's own bytes: the cache's memory is its blocks, whatever the 584-byte view says.
-            victim = scope.cache.data.as_strided((scope.cache.num_blocks * scope.cache.block_stride - 100_00,), (1,))
-        else:
-            scope = replace(scope, **{part: _pooled(getattr(scope, part))})
-            victim = getattr(scope, part)
-        call = replace(call, **{name: scope})
-    with pytest.raises(ValueError, match=f"{output}: its memory range overlaps {INPUTS[which]}'s by .* bytes"):
-        call.run(**{output: _over(victim, shape, dtype)})
-
-
-def test_out_and_lse_in_one_piece_of_memory_are_refused(build: Builder, device: str) -> None:
-    call = build.call([[1], [2]])
-    out = _pooled(torch.zeros((2, 4, 512), dtype=torch.bfloat16, device=device))
-    with pytest.raises(ValueError, match="lse: its memory range overlaps out's by 16 bytes"):
-        call.run(out=out, lse=_over(out, (2, 4), torch.float32))
-
-
-def test_neighbours_in_one_pool_are_accepted(build: Builder) -> None:
-    """Planners place tensors back to back; touching is not overlapping."""
-    call = build.call([[1], [2]])
-    pool = torch.empty((2, 2, 4, 512), dtype=torch.bfloat16, device=call.q.device)
-    pool[0] = call.q
-    call = replace(call, q=pool[0])
-    call.check(call.run(out=pool[1])[0])
