@@ -41,6 +41,7 @@ nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_execution_timeout = 600
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # links to notebooks in Markdown outputs resolve like those in cells
 # Progress bars draw on stderr; an error is an exception and fails the build whatever is shown here.
 nb_output_stderr = "remove"
 

@@ -32,7 +32,7 @@ app = typer.Typer(
 
 Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Chapters; all of them if none is named.")]
 Json = Annotated[bool, typer.Option("--json", help="Rows as a JSON array.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the inputs; default DSV4REF_SEED, else 0.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the inputs; default DSV4REF_SEED, else 0.")]
 Target = Annotated[
     Literal["cpu", "cuda"] | None, typer.Option(help="Where kernels run; default: a GPU if there is one.")
 ]
@@ -52,6 +52,8 @@ def _refusals() -> Iterator[None]:
     """Around calls that check what the user gave: their refusal becomes one line and exit code 2."""
     try:
         yield
+    except typer.Exit:  # a RuntimeError by descent, and already said
+        raise
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         _refuse(error)
 
@@ -249,6 +251,7 @@ def isa(
     rows = []
     with _refusals():
         for name in archs:
+            evidence.arch_caps(name)
             requests = {(r.kernel, r.shape): r for opt in catalogue.load().values() for r in opt.kernels(name)}
             known = sorted({kernel for kernel, _ in requests})
             if unknown := sorted(set(kernels or ()) - set(known)):
@@ -306,4 +309,14 @@ def lab(
 
 def main() -> None:
     """Entry point of the ``dsv4ref`` command."""
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        # Typer's usage errors know their text and exit code; everything else is a bug and keeps its traceback.
+        if not hasattr(error, "format_message"):
+            raise
+        message = " ".join(error.format_message().split())
+        if message:
+            _errors.print(f"dsv4ref: {message}", markup=False, soft_wrap=True)
+        code = getattr(error, "exit_code", 2)
+    sys.exit(code if isinstance(code, int) else 0)

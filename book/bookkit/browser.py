@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from sphinx.search.en import SearchEnglish
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
@@ -191,4 +193,6 @@ def _download(path: Path, site: Path) -> Iterable[str]:
 
 
 def _longest_word(title: str) -> str:
-    return max(re.findall(r"[A-Za-z]+", title), key=len)
+    """The longest word of a title that Sphinx's search index keeps."""
+    words = [word for word in re.findall(r"[A-Za-z]+", title) if word.lower() not in SearchEnglish.stopwords]
+    return max(words, key=len)

@@ -163,6 +163,9 @@ def close(
     if candidate.shape != oracle.shape:
         detail = f"{output}: shape {tuple(candidate.shape)}, expected {tuple(oracle.shape)}"
         return Comparison(output, "budget", False, detail)
+    if yardstick is not None and candidate.dtype != yardstick.dtype:
+        detail = f"{output}: dtype {candidate.dtype}, expected {yardstick.dtype}"
+        return Comparison(output, "budget", False, detail)
     if candidate.numel() == 0:
         return Comparison(output, "budget", True, f"{output}: empty", max_abs=0.0, norm=0.0)
     ours = candidate.to(device=oracle.device, dtype=torch.float64)

@@ -104,8 +104,11 @@ def from_fn_to_fnuz(codes: Tensor) -> Tensor:
         uint8 fnuz codes of the same shape whose decoded value is half the original.
 
     Raises:
+        TypeError: ``codes`` is not uint8.
         ValueError: a NaN code (0x7F or 0xFF) is present; it would silently become +-240.
     """
+    if codes.dtype is not torch.uint8:
+        raise TypeError(f"codes: got {codes.dtype}, expected torch.uint8")
     nan = (codes & 0x7F) == 0x7F
     if bool(nan.any()):
         raise ValueError(f"codes: {int(nan.sum())} NaN bytes (0x7F/0xFF), expected finite OCP codes")

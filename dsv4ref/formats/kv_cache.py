@@ -158,7 +158,12 @@ def allocate(
     """
     if not isinstance(num_blocks, int) or num_blocks < 0:
         raise ValueError(f"num_blocks: got {num_blocks!r}, expected a non-negative integer")
-    stride = block_stride(block_size) if stride is None else stride
+    least = block_stride(block_size)
+    stride = least if stride is None else stride
+    if stride < least or stride % ROW_BYTES:
+        raise ValueError(f"stride: got {stride}, expected a multiple of {ROW_BYTES} >= {least}")
+    if not 0 <= fill <= 255:
+        raise ValueError(f"fill: got {fill}, expected a byte, 0 to 255")
     flat = torch.full((num_blocks * stride,), fill, dtype=torch.uint8, device=device)
     data = flat.as_strided((num_blocks, block_size, ENTRY_BYTES), (stride, ENTRY_BYTES, 1))
     return KVCache(data, Dialect.of(dialect))
@@ -204,12 +209,17 @@ def dequantise(
     Returns:
         ``[N, 512]`` of ``dtype``.
     """
+    for name, part, columns in (("codes", codes, NOPE_DIM), ("scales", scales, SCALE_COUNT), ("rope", rope, ROPE_DIM)):
+        if part.shape != (codes.shape[0], columns):
+            raise ValueError(f"{name}: got shape {tuple(part.shape)}, expected {(codes.shape[0], columns)}")
     values = fp8.decode(codes, Dialect.of(dialect), torch.float64).reshape(-1, SCALE_COUNT, SCALE_BLOCK)
     nope = (values * ue8m0.decode(scales).to(torch.float64)[..., None]).reshape(-1, NOPE_DIM)
     return torch.cat([nope.to(dtype), rope.to(dtype)], dim=1)
 
 
 def _locate(cache: KVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(slots, Tensor):
+        raise TypeError(f"slots: got {type(slots).__name__}, expected int32 or int64 [N]")
     if slots.dtype not in (torch.int32, torch.int64) or slots.dim() != 1:
         raise TypeError(f"slots: got {slots.dtype} {tuple(slots.shape)}, expected int32 or int64 [N]")
     slots = slots.to(torch.int64)
@@ -231,6 +241,8 @@ def insert(cache: KVCache, slots: Tensor, kv: Tensor) -> None:
         ValueError, TypeError: wrong shapes or a slot outside the cache.
     """
     block, position = _locate(cache, slots)
+    if kv.dim() != 2:
+        raise ValueError(f"kv: got shape {tuple(kv.shape)}, expected [N, {HEAD_DIM}]")
     if kv.shape[0] != slots.shape[0]:
         raise ValueError(f"kv: got {kv.shape[0]} rows for {slots.shape[0]} slots, expected one row per slot")
     codes, scales, rope = quantise(kv, cache.dialect)

@@ -41,7 +41,11 @@ class Scope:
     width: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.cache, KVCache):
+            raise TypeError(f"cache: got {type(self.cache).__name__}, expected a KVCache")
         for name, tensor in (("indices", self.indices), ("indptr", self.indptr)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
             if tensor.dtype is not torch.int32:
                 raise TypeError(f"{name}: got {tensor.dtype}, expected torch.int32")
             if tensor.dim() != 1 or not tensor.is_contiguous():

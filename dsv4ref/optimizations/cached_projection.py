@@ -93,10 +93,9 @@ def _life(inputs: ProjectionInputs, new_source: Callable[[Tensor, Tensor], Weigh
     weight = first.clone().view(inputs.dtype)  # module.weight = another tensor
     project("tensor replaced")
     # The old weight is freed and the allocator hands its address to the new one. Two tensors over one storage are that
-    # moment made repeatable.
-    storage = weight.untyped_storage()
+    # moment made repeatable; .data has a fresh version counter, as a new tensor has.
     source(weight, scale)
-    weight = torch.empty(0, dtype=inputs.dtype, device=first.device).set_(storage, 0, first.shape, first.stride())
+    weight = weight.data
     weight.data.view(torch.uint8).copy_(second)
     project("address reused")
     scale.data.copy_(inputs.scales[1])

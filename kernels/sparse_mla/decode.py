@@ -223,14 +223,17 @@ def sparse_mla_decode(
         TypeError, ValueError: a wrong dtype, shape, stride, device, dialect, or an output that overlaps an input.
     """
     num_rows, num_heads = _check_query(q, swa, extra, sink, scale)
-    out = _check_output(q, swa, extra, out)
-    if lse is None and return_lse:
+    inputs = _input_memory(q, swa, extra, sink)
+    if out is None:
+        out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
+    else:
+        _check_output("out", out, torch.bfloat16, tuple(q.shape), inputs)
+    if lse is not None:
+        _check_output("lse", lse, torch.float32, (num_rows, num_heads), {**inputs, "out": out})
+    elif return_lse:
         lse = torch.empty((num_rows, num_heads), dtype=torch.float32, device=q.device)
-    elif lse is not None:
-        checks.check_tensor("lse", lse, dtype=torch.float32, shape=(num_rows, num_heads), device=q.device)
-        checks.check_writable_rows("lse", lse)
-        for name, other in (("q", q), ("out", out)):
-            checks.check_no_overlap("lse", lse, name, other)
+    if launch is not None and not isinstance(launch, LaunchShape):
+        raise TypeError(f"launch: got {type(launch).__name__}, expected a LaunchShape")
     arch = architecture(q.device)
     if launch is None:
         launch = _asked_for() or select_launch(arch, num_rows, num_heads, extra.width if extra is not None else 0)
@@ -298,7 +301,7 @@ def _check_query(q: Tensor, swa: Scope, extra: Scope | None, sink: Tensor | None
     if sink is not None:
         checks.check_tensor("sink", sink, dtype=torch.float32, shape=(num_heads,), device=q.device, contiguous=True)
     for name, scope in (("swa", swa), ("extra", extra)):
-        if scope is None:
+        if scope is None and name == "extra":
             continue
         if not isinstance(scope, Scope):
             raise TypeError(f"{name}: got {type(scope).__name__}, expected a Scope")
@@ -309,14 +312,24 @@ def _check_query(q: Tensor, swa: Scope, extra: Scope | None, sink: Tensor | None
     return num_rows, num_heads
 
 
-def _check_output(q: Tensor, swa: Scope, extra: Scope | None, out: Tensor | None) -> Tensor:
-    if out is None:
-        return torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
-    checks.check_tensor("out", out, dtype=torch.bfloat16, shape=tuple(q.shape), device=q.device)
-    checks.check_writable_rows("out", out)
-    checks.check_no_overlap("out", out, "q", q)
+def _input_memory(q: Tensor, swa: Scope, extra: Scope | None, sink: Tensor | None) -> dict[str, Tensor]:
+    """Every tensor the kernel reads, by the name an error should give it."""
+    inputs = {"q": q}
+    if sink is not None:
+        inputs["sink"] = sink
     for name, scope in (("swa", swa), ("extra", extra)):
         if scope is not None:
-            checks.check_no_overlap("out", out, f"the {name} cache", scope.cache.data)
-            checks.check_no_overlap("out", out, f"the {name} indices", scope.indices)
-    return out
+            inputs[f"the {name} cache"] = scope.cache.data
+            inputs[f"the {name} indices"] = scope.indices
+            inputs[f"the {name} indptr"] = scope.indptr
+    return inputs
+
+
+def _check_output(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], others: dict[str, Tensor]
+) -> None:
+    """Check a tensor the kernel writes: what it is, that its elements are apart, and that nothing else lives there."""
+    checks.check_tensor(name, tensor, dtype=dtype, shape=shape, device=others["q"].device)
+    checks.check_writable_rows(name, tensor)
+    for other_name, other in others.items():
+        checks.check_no_overlap(name, tensor, other_name, other)

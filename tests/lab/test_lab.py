@@ -1,0 +1,182 @@
+"""JupyterLab itself: a chapter opens in a browser, runs from top to bottom, and its panel answers to the keyboard."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import nbformat
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = pytest.mark.browser
+
+CHAPTER = "05_decode_launch_shape.ipynb"
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+SERVER_S, RUN_S, STOP_S = 30, 90, 15
+CLICK_MS = 20_000  # a loaded machine with two cores
+
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},  # all cells in the page: the test reads their prompts
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # no network, no question
+}
+
+# One line of state per look at the page: cells that have run, cells waiting or running, cells that failed.
+STATE = """() => {
+  const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(p => p.textContent.trim());
+  return {
+    ran: prompts.filter(p => /^\\[\\d+\\]:?$/.test(p)).length,
+    waiting: prompts.filter(p => p.includes('*')).length,
+    failed: [...document.querySelectorAll('.jp-OutputArea-output')].map(e => e.textContent)
+      .filter(text => text.includes('Traceback (most recent call last)')).map(text => text.slice(-400)),
+  };
+}"""
+
+
+def missing() -> str:
+    """Why this machine cannot run the test; empty when it can."""
+    for module, extra in (("jupyterlab", "lab"), ("playwright", "test")):
+        if importlib.util.find_spec(module) is None:
+            return f"needs {module}: pip install -e '.[{extra}]'"
+    return "" if shutil.which("chromium") else "needs chromium on PATH"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A JupyterLab over a copy of the notebooks: its address with the token, and the copy."""
+    if reason := missing():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for plugin, values in SETTINGS.items():
+        path = folder / "settings" / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(values))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={folder / 'notebooks'}",
+    ]  # fmt: skip
+    # The reader's own settings, workspaces and running servers stay out of it.
+    own = {
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+    }
+    environ = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    environ |= {name: str(folder / value) for name, value in own.items()}
+    with (folder / "server.log").open("wb") as log:
+        server = subprocess.Popen(
+            command, cwd=folder, env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _await_server(server, f"http://127.0.0.1:{port}/api?token={token}", folder / "server.log")
+        yield f"http://127.0.0.1:{port}/lab/tree/{CHAPTER}?token={token}", folder / "notebooks" / CHAPTER
+    finally:
+        _stop(server)
+
+
+def _await_server(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + SERVER_S
+    while True:
+        try:
+            with direct.open(url, timeout=2):
+                return
+        except OSError as error:
+            if server.poll() is not None or time.monotonic() > deadline:
+                said = log.read_text(errors="replace")[-2000:]
+                raise AssertionError(f"JupyterLab did not answer ({error}):\n{said}") from error
+            time.sleep(0.2)
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """Asked to stop, the server shuts its kernels down; kernels left by a killed one notice and end by themselves."""
+    server.terminate()
+    try:
+        server.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(STOP_S)
+
+
+@pytest.fixture(scope="module")
+def page(lab: tuple[str, Path]) -> Iterator[Page]:
+    """The chapter, open in JupyterLab."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        try:
+            tab = chromium.new_page(viewport={"width": 1400, "height": 1000})
+            tab.set_default_timeout(CLICK_MS)
+            tab.goto(lab[0])
+            tab.locator(".jp-NotebookPanel .jp-CodeCell").first.wait_for()
+            # A run asked for before the kernel has answered this page is dropped without a word.
+            tab.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+            yield tab
+        finally:
+            chromium.close()
+
+
+def test_a_chapter_runs_in_jupyterlab_and_its_panel_moves(page: Page, lab: tuple[str, Path]) -> None:
+    code = [cell for cell in nbformat.read(lab[1], as_version=4).cells if cell.cell_type == "code"]
+    page.locator("#jp-MainMenu").get_by_text("Run", exact=True).click()
+    page.locator(".lm-Menu").get_by_text("Run All Cells", exact=True).click()
+    deadline = time.monotonic() + RUN_S
+    state = page.evaluate(STATE)
+    while not state["failed"] and state["ran"] < len(code):
+        assert time.monotonic() < deadline, f"after {RUN_S} s: {state}, expected {len(code)} cells to have run"
+        time.sleep(0.5)
+        state = page.evaluate(STATE)
+    assert state["failed"] == []
+    assert state["waiting"] == 0
+
+    # The panel: its first slider sets the rows; the picture beside it is drawn anew by the kernel.
+    panel = page.locator(".jp-OutputArea-output:has(.noUi-handle)").first
+    panel.scroll_into_view_if_needed()
+    picture = panel.locator("svg").first
+    before = picture.get_attribute("aria-label")
+    readout = panel.locator(".widget-readout").first.inner_text()
+    handle = panel.locator(".noUi-handle").first
+    handle.focus()
+    handle.press("ArrowRight")
+    page.wait_for_function(
+        "([svg, before]) => svg.isConnected ? svg.getAttribute('aria-label') !== before : true",
+        arg=[picture.element_handle(), before],
+    )
+    after = panel.locator("svg").first.get_attribute("aria-label")
+    assert panel.locator(".widget-readout").first.inner_text() != readout
+    assert before
+    assert after
+    assert after != before
+
+    # The frames need no kernel: another slider, moved the same way, shows another picture.
+    frames = page.locator(".dsv4-frames").first
+    shown = frames.locator(".dsv4-frame:not([hidden])")
+    first = shown.get_attribute("data-label")
+    frames.locator('input[type="range"]').focus()
+    page.keyboard.press("ArrowRight")
+    assert shown.count() == 1
+    assert shown.get_attribute("data-label") != first

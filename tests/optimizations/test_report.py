@@ -1,0 +1,199 @@
+"""The scoreboard's rows from records, and that nothing is measured without a GPU or behind a red gate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4ref.evidence import records
+from dsv4ref.evidence.gates import Check, Gate
+from dsv4ref.evidence.records import Record
+from dsv4ref.optimizations import catalogue
+from dsv4ref.optimizations.decode_model import MEASURED_MODULES
+from dsv4ref.optimizations.measure import RedGateError, measure
+from dsv4ref.optimizations.report import report_rows
+
+BASELINE = Record(
+    chapter="decode_launch_shape",
+    case="flash-64",
+    variant="baseline",
+    p20_us=99.0,
+    p50_us=100.0,
+    p80_us=102.0,
+    repeats=40,
+    method="graph",
+    bytes=1_000_000,
+    flops=2_000_000,
+    launches=1,
+    ratio=None,
+    ratio_low=None,
+    ratio_high=None,
+    noise_floor=None,
+    bound_us=20.0,
+    gate="passed",
+    device="h200",
+    device_name="NVIDIA H200",
+    driver=None,
+    torch="2.11.0",
+    triton="3.6.0",
+    python="3.12.3",
+    mode="compiled",
+    date="2026-01-31T12:00:00+00:00",
+    commit=None,
+    seed=0,
+    sources=records.hash_sources(MEASURED_MODULES),
+    peers=None,
+    run="20260131T120000Z-abc123",
+)
+
+
+def timed(variant: str, p50: float, ratio: tuple[float, float, float] = (1.9, 2.0, 2.1), floor: float = 0.01) -> Record:
+    return replace(
+        BASELINE, variant=variant, p20_us=p50, p50_us=p50, p80_us=p50,
+        ratio_low=ratio[0], ratio=ratio[1], ratio_high=ratio[2], noise_floor=floor,
+    )  # fmt: skip
+
+
+OPTIMIZED = timed("optimized", 50.0)
+
+
+def test_a_row_holds_what_the_records_say_beside_prediction_and_claim() -> None:
+    others = [timed("published table", 80.0), replace(timed("peer: FlashMLA", 40.0), peers="FlashMLA 1.0")]
+    (row,) = report_rows([BASELINE, OPTIMIZED, *others])
+    chapter = catalogue.get("decode_launch_shape")
+    predicted = chapter.predict(chapter.case("flash-64"), "h200").ratio
+    assert predicted is not None
+    claimed = row.pop("claimed")
+    assert row == {
+        "id": "decode_launch_shape",
+        "case": "flash-64",
+        "device": "h200",
+        "method": "graph",
+        "baseline_us": 100.0,
+        "optimized_us": 50.0,
+        "ratio": 2.0,
+        "ratio_ci": [1.9, 2.1],
+        "noise_floor": 0.01,
+        "predicted": predicted,
+        "peers": {"FlashMLA": 40.0},
+        "gate": "passed",
+        "stale": False,
+        "variants": {"published table": 80.0},
+        "bound_us": 20.0,
+        "date": "2026-01-31T12:00:00+00:00",
+        "resolvable": True,
+    }
+    assert "+5.52 % tok/s, 2x MI300X" in claimed
+
+
+@pytest.mark.parametrize(
+    ("interval", "floor", "resolvable"),
+    [
+        ((1.02, 1.03, 1.04), 0.01, True),
+        ((1.005, 1.03, 1.04), 0.01, False),  # reaches into the noise floor
+        ((1.02, 1.03, 1.04), 0.03, False),
+        ((0.9, 1.0, 1.1), 0.0, False),
+        ((0.9, 0.92, 0.95), 0.01, True),  # a loss is a result too
+        ((0.9, 0.97, 0.995), 0.01, False),
+    ],
+)
+def test_a_difference_inside_the_noise_floor_is_not_resolvable(
+    interval: tuple[float, float, float], floor: float, resolvable: bool
+) -> None:
+    (row,) = report_rows([BASELINE, timed("optimized", 50.0, interval, floor)])
+    assert row["resolvable"] is resolvable
+    assert row["ratio_ci"] == [interval[0], interval[2]]
+
+
+@pytest.mark.parametrize("module", MEASURED_MODULES)
+def test_a_changed_source_makes_the_row_stale(module: str) -> None:
+    changed = replace(OPTIMIZED, sources={**OPTIMIZED.sources, module: "0" * 64})
+    (row,) = report_rows([BASELINE, changed])
+    assert row["stale"] is True
+
+
+def test_the_newest_run_counts() -> None:
+    date, run = "2026-02-01T00:00:00+00:00", "20260201T000000Z-def456"
+    newer = [replace(r, date=date, run=run) for r in (replace(BASELINE, p80_us=300.0, p50_us=200.0), OPTIMIZED)]
+    for measured in ([BASELINE, OPTIMIZED, *newer], [*newer, BASELINE, OPTIMIZED]):
+        (row,) = report_rows(measured)
+        assert (row["baseline_us"], row["date"]) == (200.0, date)
+
+
+def _of(**changes: Any) -> list[Record]:
+    return [replace(record, **changes) for record in (BASELINE, OPTIMIZED)]
+
+
+def test_rows_come_by_chapter_then_device_then_case() -> None:
+    measured = [
+        *_of(chapter="output_passthrough", case="flash-1"),
+        *_of(device="mi300x", case="flash-1"),
+        *_of(case="flash-256"),
+        *_of(case="flash-1"),
+    ]
+    found = [(row["id"], row["device"], row["case"]) for row in report_rows(measured)]
+    assert found == [
+        ("decode_launch_shape", "h200", "flash-1"),
+        ("decode_launch_shape", "h200", "flash-256"),
+        ("decode_launch_shape", "mi300x", "flash-1"),
+        ("output_passthrough", "h200", "flash-1"),
+    ]
+
+
+def test_two_methods_of_one_case_are_two_rows() -> None:
+    rows = report_rows([*_of(), *_of(method="host")])
+    assert sorted(row["method"] for row in rows) == ["graph", "host"]
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        [],
+        [BASELINE],
+        [OPTIMIZED],
+        _of(chapter="a_chapter_of_tomorrow"),
+        _of(case="a-case-of-yesterday"),
+    ],
+    ids=["none", "baseline only", "optimized only", "unknown chapter", "unknown case"],
+)
+def test_records_that_make_no_comparison_make_no_row(measured: list[Record]) -> None:
+    assert report_rows(measured) == []
+
+
+def test_the_shipped_records_make_rows() -> None:
+    rows = report_rows(records.shipped())
+    assert {row["gate"] for row in rows} <= {"passed"}
+    assert {row["id"] for row in rows} <= set(catalogue.load())
+    for row in rows:
+        low, high = row["ratio_ci"]
+        assert low <= row["ratio"] <= high, row["case"]
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_nothing_is_measured_without_a_gpu(tmp_path: Path) -> None:
+    chapter = catalogue.get("output_passthrough")
+    with pytest.raises(RuntimeError, match=r"measure.* GPU"):
+        next(measure(chapter, tmp_path, seed=0))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_nothing_is_measured_behind_a_red_gate(tmp_path: Path) -> None:
+    chapter = catalogue.get("output_passthrough")
+    red = replace(
+        chapter,
+        cases={name: chapter.cases[name] for name in ("tiny", "flash-1")},
+        hazards={},
+        optimized=lambda inputs: {"out": torch.zeros_like(inputs.decode.q)},
+        gate=Gate((Check("out", "budget", "attention_bf16"),)),
+    )
+    with pytest.raises(RedGateError, match="output_passthrough/tiny: out: "):
+        next(measure(red, tmp_path, seed=0))
+    assert list(tmp_path.iterdir()) == []
