@@ -32,7 +32,7 @@ app = typer.Typer(
 
 Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Chapters; all of them if none is named.")]
 Json = Annotated[bool, typer.Option("--json", help="Rows as a JSON array.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the inputs; default DSV4REF_SEED, else 0.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the inputs; default DSV4REF_SEED, else 0.")]
 Target = Annotated[
     Literal["cpu", "cuda"] | None, typer.Option(help="Where kernels run; default: a GPU if there is one.")
 ]
@@ -75,6 +75,11 @@ def _prepare(target: str | None) -> str:
     """Choose where kernels run before they are imported; "cpu" means the interpreter, on a GPU machine too."""
     import torch
 
+    from dsv4ref import settings
+
+    with _refusals():  # a bad variable is refused here, not from inside a kernel's launcher
+        for name in settings.ENV:
+            settings.get(name)
     has_gpu = torch.cuda.is_available()
     chosen = target or ("cuda" if has_gpu else "cpu")
     if chosen == "cuda" and not has_gpu:
@@ -89,6 +94,8 @@ def _prepare(target: str | None) -> str:
 def _seed(seed: int | None) -> int:
     from dsv4ref import settings
 
+    if seed is not None and seed < 0:
+        _refuse(f"--seed: got {seed}, expected a whole number from 0 on")
     with _refusals():
         return settings.get("DSV4REF_SEED") if seed is None else seed
 

@@ -134,7 +134,8 @@ _HOPPER = (
 SELECTION: Mapping[str, tuple[Rule, ...]] = {"gfx942": _CDNA, "gfx950": _CDNA, "sm_90": _HOPPER, "cpu": _CDNA}
 """Rules by architecture, first match wins. sm_90's are measured; gfx942's and gfx950's come from ISA evidence and the
 published table, not from a run; the interpreter ("cpu") exercises the AMD shapes. No shape spills for caches as their
-writers leave them; gfx950 reading an fnuz cache, which no writer there produces, spills up to two registers at 64x16."""
+writers leave them; gfx950 reading an fnuz cache, which no writer there produces, spills one or two registers at 64x16.
+"""
 
 
 def choose(rules: tuple[Rule, ...], rows: int, heads: int, extra_width: int) -> Rule:

@@ -196,7 +196,7 @@ def test_every_selected_shape_fits_registers_and_lds(arch: str) -> None:
 
 
 def test_a_cache_in_the_foreign_dialect_spills_at_most_two_registers_on_gfx950() -> None:
-    """No writer there produces fnuz, and conversion only touches scale bytes; the shape is still right, if not clean."""
+    """No writer there produces fnuz, and converting a cache only touches its scale bytes."""
     requests = [
         variant(shape, label, SWA_MODE="bits_fnuz", EXTRA_MODE=extra)
         for shape in shapes_of("gfx950")
