@@ -12,7 +12,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 # LAB_ARGS=...     passed on to jupyter lab;  OUT=DIR  where measure writes;  ARGS=... chapters to measure
 VENV := .venv
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$p" && break; done)
 OUT := records
 # JupyterLab refuses to run as root, which is what one is in most GPU containers.
 LAB_ARGS := $(if $(filter 0,$(shell id -u)),--allow-root)

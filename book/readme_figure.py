@@ -47,10 +47,11 @@ def chosen(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def figure() -> Figure:
     """The figure of the records that ship; its label is the description, with days and devices."""
     rows = chosen(report_rows(records.shipped()))
+    # Drawn, but not described: a kernel that changes makes the record stale, not the figures in it wrong.
     changed = " (kernels have changed since)" if any(row["stale"] for row in rows) else ""
     fig = plots.predicted_vs_measured(rows, f"Speedup, as predicted and as measured{changed}")
     runs = sorted({f"{row['device']} on {row['date'][:10]}" for row in rows})
-    fig.set_label(f"{fig.get_label()} Measured: {', '.join(runs)}.")
+    fig.set_label(f"{str(fig.get_label()).replace(changed, '')} Measured: {', '.join(runs)}.")
     return fig
 
 

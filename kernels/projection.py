@@ -54,13 +54,28 @@ def _dequantise_weight_kernel(weight, scale, out, columns, MODE: tl.constexpr, T
 
 
 @triton.jit
-def _mix(x):
-    """A 32-bit finaliser (shift-xor-multiply twice), so that single-bit changes reach every bit of the sum."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
+def _mix64(x):
+    """splitmix64's finaliser: a bijection of 64-bit words, so that a change in one lane changes the sum over lanes."""
+    x = (x ^ (x >> 30)) * 0x3F58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x14D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _fingerprint_block(weight_words, scale_byte, tile_row, tile_column, columns):
+    """64 bits of one 128 x 128 block: a polynomial per lane in the words it reads, mixed once, summed over lanes.
+
+    The multiplier is odd, so a change of any single word always shows; two other blocks agree with chance 2^-64.
+    """
+    rows = tl.arange(0, 16)
+    words = tl.arange(0, 32)
+    at = (tile_row * 128 + rows)[:, None].to(tl.int64) * (columns // 4) + (tile_column * 32 + words)[None, :]
+    state = (rows[:, None] * 32 + words[None, :] + 1).to(tl.uint64)
+    for step in tl.static_range(8):  # unrolled: all loads are in flight before the first is needed
+        word = tl.load(weight_words + at + step * 4 * columns).to(tl.uint32, bitcast=True)
+        state = state * 0x5851F42D4C957F2D + word.to(tl.uint64)
+    lanes = tl.sum(tl.sum(_mix64(state).to(tl.int64, bitcast=True), axis=1), axis=0)
+    return lanes + (scale_byte.to(tl.int64) + 1) * 0x5851F42D4C957F2D
 
 
 @triton.jit
@@ -72,21 +87,13 @@ def _follow_weight_kernel(weight_words, weight, scale, out, seen, columns, MODE:
     """
     tile_row, tile_column = tl.program_id(0), tl.program_id(1)
     tile = tile_row * (columns // 128) + tile_column
-    rows = tl.arange(0, 128)
-    words = tl.arange(0, 32)
-    at = (tile_row * 128 + rows)[:, None].to(tl.int64) * (columns // 4) + (tile_column * 32 + words)[None, :]
-    position = (rows[:, None] * 32 + words[None, :]).to(tl.uint32)
-    word = tl.load(weight_words + at).to(tl.uint32, bitcast=True)
-    mixed = _mix(word ^ (position * 0x9E3779B9))
-    low = tl.sum(tl.sum(mixed.to(tl.int64), axis=1), axis=0)
-    # A second sum with odd weights: blocks must agree in both, and in the scale, to be taken for each other.
-    high = tl.sum(tl.sum((mixed * (2 * position + 1)).to(tl.int64), axis=1), axis=0)
-    high = high * 256 + tl.load(scale + tile).to(tl.int64)
-    changed = (tl.load(seen + 2 * tile) != low) | (tl.load(seen + 2 * tile + 1) != high)
-    if FORCE or changed:
-        _dequantise_tile(weight, scale, out, tile_row, tile_column, columns, MODE, 128)
-        tl.store(seen + 2 * tile, low)
-        tl.store(seen + 2 * tile + 1, high)
+    fresh = _fingerprint_block(weight_words, tl.load(scale + tile), tile_row, tile_column, columns)
+    known = tl.load(seen + tile)
+    if FORCE or fresh != known:
+        for step in range(4):  # 32 rows at a time: the rare path must not set the registers of the usual one
+            _dequantise_tile(weight, scale, out, tile_row * 4 + step, tile_column, columns, MODE, 32)
+        tl.debug_barrier()  # no warp may still have to read `seen` when another replaces it
+        tl.store(seen + tile, fresh)
 
 
 def _check_weight(weight: object, scale: object) -> tuple[Tensor, Tensor, Dialect]:
@@ -188,7 +195,7 @@ class DequantisedWeight:
         self.buffer = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
         self._key: _HostKey | None = None
         blocks = scale.numel() if check == "device" else 0
-        self._seen = torch.zeros((blocks, 2), dtype=torch.int64, device=weight.device)
+        self._seen = torch.zeros(blocks, dtype=torch.int64, device=weight.device)
         self.refresh(weight, scale)
 
     @property

@@ -226,7 +226,7 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     assert stages.index("make lint") < stages.index("make test")
 
 
-# Written in pieces, so that this file does not hold what it looks for. Examples of bad paths in tests say /home/me.
+# Written in pieces, so that this file does not hold what it looks for. Tests of bad paths may show the home of "me".
 PRIVATE = re.compile(
     "|".join(
         [

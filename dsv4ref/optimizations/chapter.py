@@ -155,9 +155,9 @@ def residual_rows(opt: Optimization, measured: Iterable[Record]) -> list[dict[st
                 "case": row["case"],
                 "device": row["device"],
                 "baseline: model, us": p.baseline_us,
-                "measured, us": row["baseline_us"],
+                "baseline: measured, us": row["baseline_us"],
                 "optimised: model, us": p.optimized_us,
-                "measured , us": row["optimized_us"],
+                "optimised: measured, us": row["optimized_us"],
                 "% of bound": None if row["bound_us"] is None else 100 * row["bound_us"] / row["optimized_us"],
             }
         )

@@ -5,14 +5,17 @@ Each returns SVG; `panels.panel` wires it to sliders in JupyterLab and `panels.f
 
 from __future__ import annotations
 
+import torch
+
 from dsv4ref import config
 from dsv4ref.device import get_device
+from dsv4ref.formats import Dialect, fp8, ue8m0
 from dsv4ref.kernels.sparse_mla.launch import PUBLISHED, STATIC, LaunchShape, choose, select_launch
 from dsv4ref.optimizations import catalogue, decode_model
 from dsv4ref.optimizations.base import Case
 from dsv4ref.show import panels
 
-__all__ = ["launch_explorer", "output_explorer", "projection_explorer"]
+__all__ = ["byte_explorer", "launch_explorer", "output_explorer", "projection_explorer", "value_explorer"]
 
 _SHAPES = (LaunchShape(32, 16, 4), LaunchShape(64, 16, 8), LaunchShape(64, 64, 8))
 
@@ -78,3 +81,74 @@ def projection_explorer(rows: int = 256, model: str = "v4-flash", device: str = 
         "product alone": p.least_bytes / 1e6,
     }
     return panels.bars(items, title=f"Traffic of wo_a per layer and step, {model}, {rows} tokens", unit="MB")
+
+
+_FIELDS = (("sign", 1, "#CC79A7"), ("exponent", 4, "#E69F00"), ("mantissa", 3, "#56B4E9"))
+
+
+def byte_explorer(byte: int = 0x76, scale: int = 127) -> str:
+    """One byte under one scale byte, read in both dialects, as SVG.
+
+    Args:
+        byte: the code, 0 to 255.
+        scale: the UE8M0 byte, 0 to 255.
+    """
+    factor = float(ue8m0.decode(torch.tensor([scale], dtype=torch.uint8)))
+    lines = [f"scale byte {scale}: " + ("NaN" if factor != factor else f"2^{scale - 127}")]
+    for dialect, bias in ((Dialect.FN, 7), (Dialect.FNUZ, 8)):
+        value = float(fp8.decode(torch.tensor([byte], dtype=torch.uint8), dialect))
+        lines.append(f"{dialect.value}: {_formula(byte, bias, value)}; with its scale {_plain(value * factor)}")
+    boxes, x = [], 16
+    for name, width, colour in _FIELDS:
+        for _ in range(width):
+            bit = byte >> (7 - (x - 16) // 40) & 1
+            boxes.append(
+                f'<rect x="{x}" y="34" width="36" height="34" fill="{colour}" fill-opacity="0.45" '
+                f'stroke="currentColor" stroke-opacity="0.5"/><text x="{x + 18}" y="57" font-size="18" '
+                f'text-anchor="middle">{bit}</text>'
+            )
+            x += 40
+        boxes.append(f'<text x="{x - 20 * width - 2}" y="86" text-anchor="middle">{name}</text>')
+    return _svg(f"byte 0x{byte:02X}", lines, "".join(boxes), top=112)
+
+
+def _formula(byte: int, bias: int, value: float) -> str:
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    if value != value:
+        return "NaN"
+    sign = "-" if byte & 0x80 else ""
+    if exponent:
+        return f"{sign}{8 + mantissa}/8 x 2^({exponent} - {bias}) = {_plain(value)}"
+    return f"{sign}{mantissa}/8 x 2^(1 - {bias}) = {_plain(value)}"
+
+
+def value_explorer(value: float = 300.0) -> str:
+    """One number written in both dialects with scale 1: clamped first, and as torch casts it, as SVG.
+
+    Args:
+        value: what to write.
+    """
+    lines = []
+    for dialect in Dialect:
+        clamped = fp8.encode(torch.tensor([value]), dialect)
+        cast = torch.tensor([value]).to(dialect.dtype).view(torch.uint8)
+        both = [f"0x{int(c):02X} = {_plain(float(fp8.decode(c, dialect)))}" for c in (clamped, cast)]
+        lines.append(f"{dialect.value}: clamped {both[0]}; torch's bare cast {both[1]}")
+    return _svg(f"{_plain(value)} in 8 bits, scale 1", lines, "", top=46)
+
+
+def _plain(value: float) -> str:
+    return "NaN" if value != value else f"{value:.6g}"
+
+
+def _svg(title: str, lines: list[str], inside: str, top: int) -> str:
+    texts = "".join(f'<text x="16" y="{top + 22 * i}">{line}</text>' for i, line in enumerate(lines))
+    return (
+        f'<svg viewBox="0 0 640 {top + 22 * len(lines)}" role="img" aria-label="{title}. {". ".join(lines)}" '
+        'font-family="sans-serif" font-size="14" fill="currentColor" '
+        'style="width:100%;max-width:640px;height:auto">'
+        f'<text x="16" y="20" font-weight="bold">{title}</text>{inside}{texts}</svg>'
+    )
+
+
+# --- the chapter ---

@@ -90,9 +90,19 @@ PUBLISHED = (
     Rule(LaunchShape(32, 16, 4), "wide extra scope, medium batch", min_rows=80, max_rows=255, min_extra=9),
     Rule(LaunchShape(64, 16, 8), "wide extra scope, large batch", min_rows=256, min_extra=9),
 )
-"""The table as published for MI300X, 64 heads. Two of its lines cover 32 rows, so the order of lines decides."""
+"""The table as published for MI300X, 64 heads. Lines overlap (SWA-only calls, 32 rows), so their order decides."""
 
 _CDNA = (
+    Rule(
+        LaunchShape(16, 32, 8), "no more than 16 heads to share keys with: a wider tile would be padding", max_heads=16
+    ),
+    Rule(
+        LaunchShape(32, 16, 8),
+        "no more than 32 heads to share keys with, and enough workgroups",
+        min_workgroups=160,
+        max_heads=32,
+    ),
+    Rule(LaunchShape(16, 32, 8), "no more than 32 heads, few workgroups", max_heads=32),
     Rule(
         LaunchShape(64, 16, 8),
         "the published large-batch shape from its published size on (256 rows of 64 heads): keys are read once per 64 "

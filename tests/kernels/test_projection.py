@@ -220,10 +220,10 @@ def test_the_buffers_address_never_changes(check: Literal["host", "device"], rng
 
 
 def test_memory_is_counted(rng: torch.Generator, device: str) -> None:
-    """The copy is two bytes an element; a fingerprint is two int64 per block of 128 x 128."""
+    """The copy is two bytes an element; a fingerprint is one int64 per block of 128 x 128."""
     weight, scale = random_weight(rng, device)
     assert DequantisedWeight(weight, scale, check="host").nbytes == 2 * weight.numel()
-    assert DequantisedWeight(weight, scale, check="device").nbytes == 2 * weight.numel() + 6 * 16
+    assert DequantisedWeight(weight, scale, check="device").nbytes == 2 * weight.numel() + 6 * 8
 
 
 def test_every_single_bit_flip_changes_the_fingerprint(rng: torch.Generator, device: str) -> None:

@@ -57,9 +57,9 @@ def test_every_case_has_a_prediction_on_every_device(id: str) -> None:
 
 @pytest.mark.parametrize("id", CHAPTERS)
 def test_claims_are_published_figures_of_this_chapter(id: str) -> None:
+    """A chapter about correctness alone has none; whoever claims a speed has its figures in the data file."""
     claims = catalogue.get(id).claims
-    assert claims
-    assert {claim.chapter for claim in claims} == {id}
+    assert all(claim.chapter == id for claim in claims)
     assert all(claim.source and claim.device for claim in claims)
 
 
