@@ -273,6 +273,29 @@ def isa(
 
 
 @app.command()
+def census(
+    model: Annotated[str, typer.Argument(metavar="flash|pro|tiny", help="The model, also by its full name.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="A row per kind of tensor, not per dtype.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Derive every tensor of a model's checkpoint from its configuration and add up the bytes."""
+    from dsv4ref.config import get_model
+    from dsv4ref.ref import census as listing
+
+    with _refusals():
+        config = get_model(model if model.startswith("v4-") else f"v4-{model}")
+        sums = listing.totals(config)
+    caption = f"{config.name}: {sums[-1]['tensors']:,} tensors, {sums[-1]['bytes']:,} bytes"
+    if tensors:
+        kinds = listing.rows(config)
+        if not as_json:
+            kinds = [{**row, "shape": " x ".join(map(str, row["shape"]))} for row in kinds]
+        _show(kinds, ["tensor", "shape", "dtype", "count", "bytes"], as_json, caption)
+    else:
+        _show(sums, ["dtype", "tensors", "elements", "bytes"], as_json, caption)
+
+
+@app.command()
 def notebooks(
     check: Annotated[bool, typer.Option("--check", help="Say what is off; exit 1 if anything is.")] = False,
     fix: Annotated[bool, typer.Option("--fix", help="Bring every notebook into normal form.")] = False,
