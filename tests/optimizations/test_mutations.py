@@ -100,8 +100,8 @@ MUTATIONS = {
     ),
     "fingerprint blind to scales": Mutation(
         "kernels/projection.py",
-        "high = high * 256 + tl.load(scale + tile).to(tl.int64)",
-        "high = high * 256",
+        "return lanes + (scale_byte.to(tl.int64) + 1) * 0x5851F42D4C957F2D",
+        "return lanes",
         cases=("cached_projection/tiny", "cached_projection/tiny-fnuz"),
     ),
 }
