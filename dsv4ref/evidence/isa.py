@@ -353,8 +353,9 @@ def row_from_amdgcn(
         ValueError: the text is for another architecture, or a figure is missing or there more than once.
     """
     target = _metadata(assembly, "amdhsa.target", r"(\S+)")
-    # The target id may carry features: amdgcn-amd-amdhsa--gfx942:xnack+.
-    if target.rpartition("--")[2].partition(":")[0] != arch:
+    # The processor ends the triple, and features may follow: amdgcn-amd-amdhsa--gfx942:xnack+. Triton 3.9's LLVM writes
+    # amdgpu9.42-amd-amdhsa-unknown-gfx942.
+    if target.partition(":")[0].rpartition("-")[2] != arch:
         raise ValueError(f"assembly: expected code for {arch}, got target {target}")
     counts = {
         name: int(_metadata(assembly, f".{key}", r"(\d+)"))
