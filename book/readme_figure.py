@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dsv4ref.evidence import records
 from dsv4ref.optimizations.report import report_rows
@@ -50,6 +51,12 @@ def figure() -> Figure:
     # Drawn, but not described: a kernel that changes makes the record stale, not the figures in it wrong.
     changed = " (kernels have changed since)" if any(row["stale"] for row in rows) else ""
     fig = plots.predicted_vs_measured(rows, f"Speedup, as predicted and as measured{changed}")
+    with plots.style():
+        axes = fig.axes[0]
+        axes.set_xscale("log")  # one large ratio must not press the others together
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}×")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     runs = sorted({f"{row['device']} on {row['date'][:10]}" for row in rows})
     fig.set_label(f"{str(fig.get_label()).replace(changed, '')} Measured: {', '.join(runs)}.")
     return fig
