@@ -17,6 +17,7 @@ from dsv4ref.optimizations import base, measure, report
 from dsv4ref.optimizations.base import Optimization
 
 __all__ = [
+    "board_rows",
     "claim_rows",
     "comparison_rows",
     "facts",
@@ -125,6 +126,31 @@ def prediction_rows(
                     "ratio": p.ratio,
                 }
             )
+    return rows
+
+
+def board_rows(
+    opt: Optimization, measured: Iterable[Record], devices: Sequence[str] = _TARGETS
+) -> list[dict[str, Any]]:
+    """The chapter's scoreboard: what was measured, and what is predicted wherever nobody has measured.
+
+    Args:
+        opt: the chapter.
+        measured: records; none is fine.
+        devices: which to predict for.
+
+    Returns:
+        ``report_rows``, then for every other measured case and device a row with the same keys for a figure (id, case,
+        device, predicted, claimed, ratio, ratio_ci, date), the last three None.
+    """
+    rows = report.report_rows(record for record in measured if record.chapter == opt.id)
+    known = {(row["case"], row["device"]) for row in rows}
+    for case in opt.cases.values():
+        for key in devices:
+            if case.measured and (case.name, key) not in known:
+                row: dict[str, Any] = {"id": opt.id, "case": case.name, "device": key}
+                row |= {"predicted": opt.predict(case, key).ratio, "claimed": None}
+                rows.append(row | {"ratio": None, "ratio_ci": None, "date": None})
     return rows
 
 

