@@ -68,7 +68,7 @@ workbook: $(READY) build/notebooks.passed book ## headless: run every notebook, 
 test: $(READY) ## unit tests, notebook hygiene, and every notebook under nbval
 	$(call say,Unit tests)
 	@if ! $(PY) -c "$$CHROMIUM_PROBE"; then set -- -m 'not browser'; echo "Tests that need a browser are left out."; fi; \
-	$(ONE_THREAD) $(PY) -m pytest -rs "$$@"
+	$(ONE_THREAD) $(PY) -m pytest -rs $$($(PY) -c "$$WORKERS") "$$@"
 	$(call say,Notebook hygiene)
 	@$(PY) -m dsv4ref notebooks --check
 	@$(MAKE) notebooks
@@ -126,6 +126,13 @@ notebooks: $(READY)
 # What passed under `make test` is not run again by `make workbook` while nothing it depends on has changed.
 build/notebooks.passed: $(NOTEBOOKS) $(SOURCES) notebooks/conftest.py $(READY)
 	@$(MAKE) notebooks
+
+# A GPU is not shared between tests: some of them time it.
+define WORKERS
+import torch
+print("-n 0" if torch.cuda.is_available() else "-n auto --maxprocesses 4")
+endef
+export WORKERS
 
 # Launching is the only sure way to know: Playwright may have brought its own browser, and one on PATH may not start.
 define CHROMIUM_PROBE
