@@ -325,14 +325,14 @@ _V32 = {"topk": config.V3_2.index_topk, "units": 256}
 
 
 def _decode(name: str, requests: int, context: int, **flags: Any) -> Case:
-    params = {"trace": "decode", "requests": requests, "contexts": (context, context), "steps": 16, **_V32}
+    params = {"trace": "decode", "requests": requests, "contexts": (context, context), "steps": 8, **_V32}
     return Case(name, params, **flags)
 
 
 _CASES = (
     Case(
         "tiny",
-        {"trace": "decode", "requests": 3, "contexts": (20, 34), "steps": 16, **_SMALL},
+        {"trace": "decode", "requests": 3, "contexts": (24, 34), "steps": 10, **_SMALL},
         tiny=True,
         about="decode across top-k",
     ),
@@ -344,7 +344,7 @@ _CASES = (
     ),
     Case(
         "tiny-serving",
-        {"trace": "serving", "slots": 4, "prompt": 28, "output": 9, "budget": 20, "steps": 30, **_SMALL},
+        {"trace": "serving", "slots": 4, "prompt": 28, "output": 9, "budget": 20, "steps": 16, **_SMALL},
         tiny=True,
         about="requests finish and join; prompts are prefilled beside decodes",
     ),
@@ -364,8 +364,8 @@ _CASES = (
             "trace": "decode",
             "requests": 3,
             "contexts": (8, 16),
-            "steps": 12,
-            "blind": (1, 2, 3, 6, 9, 10),
+            "steps": 8,
+            "blind": (1, 2, 3, 6),
             **_SMALL,
         },
         tiny=True,
@@ -392,7 +392,7 @@ _CASES = (
     ),
     Case(
         "v32-serving",
-        {"trace": "serving", "slots": 64, "prompt": 5000, "output": 500, "budget": 8192, "steps": 12, **_V32},
+        {"trace": "serving", "slots": 64, "prompt": 5000, "output": 500, "budget": 8192, "steps": 8, **_V32},
         about="5000 in, 500 out, 64 in flight",
     ),
 )

@@ -1,8 +1,8 @@
-"""The metadata timeline: who is in each step of a server, and what a cache key makes of it, as SVG.
+"""The orchestration chapters' pictures, as SVG: a server's steps under a cache key, and a step's fills.
 
-One column per step, one row per request. A cell is filled as high as the request's last token has KV entries, out of
-top-k; a chunk of a prompt is struck through. Below, the cache's verdict on the step: a bar where the plan is made, a
-dot where it is reused, a cross where it is reused and wrong.
+The metadata timeline has one column per step, one row per request. A cell is filled as high as the request's last token
+has KV entries, out of top-k; a chunk of a prompt is struck through. Below, the cache's verdict on the step: a bar where
+the plan is made, a dot where it is reused, a cross where it is reused and wrong.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from dsv4ref import config
+from dsv4ref.optimizations import catalogue
+from dsv4ref.optimizations.base import Case
 from dsv4ref.optimizations.metadata_cache import Verdict, verdicts
 from dsv4ref.serving.metadata import KEYS
 from dsv4ref.serving.traces import Lengths, decode_trace, prefill_trace, serving_trace
-from dsv4ref.show.panels import COLOURS, GRID
+from dsv4ref.show.panels import COLOURS, GRID, bars
 
-__all__ = ["TRACES", "metadata_timeline", "timeline"]
+__all__ = ["TRACES", "fill_explorer", "metadata_timeline", "timeline"]
 
 TRACES = ("decode", "prompt", "serving")
 """The traces that `metadata_timeline` can draw."""
@@ -98,6 +100,29 @@ def metadata_timeline(trace: str = "decode", key: str = "lengths", context: int 
     else:
         raise ValueError(f"trace: got {trace!r}, expected one of {list(TRACES)}")
     return timeline(steps, verdicts(steps, topk, KEYS[key]), topk, f"Key {key!r}, {trace}")
+
+
+def fill_explorer(
+    before: int = 64, tokens: int = 64, max_tokens: int = 8192, topk: int = 2048, device: str = "mi355x"
+) -> str:
+    """Modelled microseconds of one step's fills and writes, filling everything and filling the tail.
+
+    Args:
+        before, tokens: query tokens of the previous step and of this one, at most `max_tokens`.
+        max_tokens: tokens that the buffers hold.
+        topk: KV indices per token.
+        device: key of a device with published figures.
+    """
+    shapes = ((before, 1), (tokens, 1))
+    params = {"shapes": shapes, "max_tokens": max_tokens, "topk": topk, "lengths": (topk, topk)}
+    p = catalogue.get("shrink_tail_fill").predict(Case("explored", params), device)
+    assert p.baseline_us is not None
+    assert p.optimized_us is not None
+    items = {
+        f"everything, {p.baseline_launches} launches": p.baseline_us,
+        f"the tail, {p.optimized_launches} launches": p.optimized_us,
+    }
+    return bars(items, title=f"Modelled, {before} then {tokens} tokens, {device}", unit="us")
 
 
 def _cell(x: float, y: float, wide: float, share: float, *, chunk: bool) -> str:

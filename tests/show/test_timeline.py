@@ -7,7 +7,7 @@ import pytest
 
 from dsv4ref.serving.metadata import KEYS
 from dsv4ref.serving.traces import Lengths
-from dsv4ref.show.timeline import TRACES, metadata_timeline, timeline
+from dsv4ref.show.timeline import TRACES, fill_explorer, metadata_timeline, timeline
 
 STEPS = [Lengths((1, 1), (3, 8)), Lengths((4, 1), (4, 9)), Lengths((1,), (16,))]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -47,6 +47,14 @@ def test_only_the_published_key_is_ever_wrong(trace: str, key: str) -> None:
 def test_below_topk_every_step_plans() -> None:
     assert "36 planned, 0 reused" in label(metadata_timeline("decode", "lengths", 100))
     assert "1 planned, 35 reused" in label(metadata_timeline("decode", "lengths", 5000))
+
+
+def test_a_larger_shrink_fills_longer_and_growth_fills_nothing() -> None:
+    def tail_us(before: int, tokens: int) -> float:
+        return float(re.findall(r"the tail, \d launches ([\d.]+) us", label(fill_explorer(before, tokens)))[0])
+
+    assert tail_us(8192, 64) > tail_us(512, 64) > tail_us(65, 64) > tail_us(64, 64) == tail_us(1, 64)
+    assert "everything, 6 launches" in label(fill_explorer(64, 64))
 
 
 def test_bad_arguments_are_named() -> None:
