@@ -81,11 +81,12 @@ def _shapes(params: Mapping[str, Any], generator: torch.Generator) -> list[tuple
 def _build(case: Case, device: str, seed: int) -> FillInputs:
     p = case.params
     generator = torch.Generator().manual_seed(seed)
+    shortest, longest = p["lengths"]
     steps = []
     for requests, query in _shapes(p, generator):
         tokens = requests * query
         req_id = torch.arange(requests, dtype=torch.int32).repeat_interleave(query)
-        lengths = _whole(generator, *p["lengths"], tokens)
+        lengths = _whole(generator, shortest, longest, tokens)
         # Never 0: a stale index must not look like a cleared one.
         indices = _whole(generator, 1, 2**20, int(lengths.sum()))
         steps.append(FillStep(requests, req_id.to(device), lengths.to(device), indices.to(device)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dsv4ref import config
 from dsv4ref.optimizations import catalogue
@@ -28,7 +28,7 @@ _STEPS = 36
 _REQUESTS = 5
 _BLUE, _VERMILLION, _GREEN = COLOURS[:3]
 _LEFT, _TOP, _ROW, _RIGHT = 84, 36, 22, 630
-_WORDS = {"plan": "planned", "reuse": "reused", "stale": "reused and wrong"}
+_WORDS: Mapping[Verdict, str] = {"plan": "planned", "reuse": "reused", "stale": "reused and wrong"}
 
 
 def timeline(trace: Sequence[Lengths], verdict: Sequence[Verdict], topk: int, title: str) -> str:
@@ -52,20 +52,20 @@ def timeline(trace: Sequence[Lengths], verdict: Sequence[Verdict], topk: int, ti
     wide = (_RIGHT - _LEFT) / len(trace)
     below = _TOP + requests * _ROW
     parts = [_text(_LEFT - 8, _TOP + row * _ROW + 15, f"request {row}", "end") for row in range(requests)]
-    for at, (step, said) in enumerate(zip(trace, verdict, strict=True)):
+    for at, (step, mark) in enumerate(zip(trace, verdict, strict=True)):
         x = _LEFT + at * wide
         for row, (query, seq) in enumerate(zip(step.query, step.seq, strict=True)):
             parts.append(_cell(x, _TOP + row * _ROW, wide, min(seq, topk) / topk, chunk=query > 1))
-        parts.append(_mark(x + wide / 2, below + 16, said))
+        parts.append(_mark(x + wide / 2, below + 16, mark))
     parts.append(_text(_LEFT - 8, below + 20, "plan", "end"))
     parts.append(_text(_LEFT, below + 42, f"step 0 to {len(trace) - 1}; a full cell is {topk:,} entries or more"))
     x = _LEFT
-    for name in ("plan", "reuse", "stale"):
+    for name in _WORDS:
         parts.append(_mark(x + 6, below + 60, name) + _text(x + 18, below + 64, _WORDS[name]))
         x += 34 + 8 * len(_WORDS[name])
     parts.append(_cell(x, below + 51, 16, 1.0, chunk=True) + _text(x + 22, below + 64, "chunk of a prompt"))
     counts = Counter(verdict)
-    said = ", ".join(f"{counts[name]} {_WORDS[name]}" for name in ("plan", "reuse", "stale"))
+    said = ", ".join(f"{counts[name]} {_WORDS[name]}" for name in _WORDS)
     label = html.escape(f"{title}. {len(trace)} steps of {requests} requests: {said}.", quote=True)
     return (
         f'<svg viewBox="0 0 640 {below + 76}" role="img" aria-label="{label}" font-family="sans-serif" font-size="13" '
