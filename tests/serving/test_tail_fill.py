@@ -33,10 +33,10 @@ def wrong(buffers: TailFilled, lengths: list[int], mark: int) -> list[str]:
     """Every observable element that is not what buffers filled with zeros would hold."""
     tokens, total = len(lengths), sum(lengths)
     ends = [sum(lengths[:token]) for token in range(tokens + 1)]
-    expected = {
-        "req_id": [mark] * tokens + [0] * (MAX_TOKENS - tokens),
-        "indptr": ends + [total] * (MAX_TOKENS - tokens),
-        "indices": [mark] * total + [None] * (tokens * TOPK - total) + [0] * ((MAX_TOKENS - tokens) * TOPK),
+    expected: dict[str, list[int | None]] = {
+        "req_id": [*[mark] * tokens, *[0] * (MAX_TOKENS - tokens)],
+        "indptr": [*ends, *[total] * (MAX_TOKENS - tokens)],
+        "indices": [*[mark] * total, *[None] * (tokens * TOPK - total), *[0] * ((MAX_TOKENS - tokens) * TOPK)],
     }
     return [
         f"{name}[{at}]: {got}, expected {want}"
