@@ -425,7 +425,7 @@ OPTIMIZATION = Optimization(
             story="Once lengths are clamped, context and length no longer give the number of query tokens: (6, 2) and "
             "(2, 6) tokens look alike.",
             source="vllm#47766 adds the query lengths beside the context lengths",
-            ids=("H01", "H10"),
+            ids=("H01",),
             case="tiny-drafts",
             planted=lambda inputs: _cached(inputs, _unsegmented),
         ),

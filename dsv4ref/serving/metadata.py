@@ -184,7 +184,10 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class StepMetadata:
-    """What the attention kernel reads in one step: each token's KV range, the plan, and whether that was reused."""
+    """What the attention kernel reads in one step: each token's KV range, the plan, and whether that was reused.
+
+    ``kv_indptr`` is new in every step; what a captured kernel reads has to lie in `serving.tail_fill.TailFilled.indptr`.
+    """
 
     kv_indptr: Tensor
     plan: Plan
