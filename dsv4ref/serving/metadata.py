@@ -186,7 +186,7 @@ class CacheStats:
 class StepMetadata:
     """What the attention kernel reads in one step: each token's KV range, the plan, and whether that was reused.
 
-    ``kv_indptr`` is new in every step; what a captured kernel reads has to lie in `serving.tail_fill.TailFilled.indptr`.
+    ``kv_indptr`` is new in every step; a captured kernel has to read `serving.tail_fill.TailFilled.indptr` instead.
     """
 
     kv_indptr: Tensor
