@@ -1,4 +1,4 @@
-"""Routing data for a grouped GEMM, built on the device: which rows each expert reads, where they go back, and its tiles.
+"""Routing data of a grouped GEMM, built on the device: which rows each expert reads, where they go, and its tiles.
 
 A *slot* is one of a token's k expert choices, numbered ``token * k + choice``. Slots of local experts are sorted by
 expert, stably, so that each expert's rows are contiguous and in token order::
@@ -6,7 +6,7 @@ expert, stably, so that each expert's rows are contiguous and in token order::
     histogram[e]     slots of expert e
     offsets[e]       first sorted position of expert e;  offsets[E] is the number of local slots
     gather[p]        slot at sorted position p           -1 behind the last local slot
-    scatter[s]       sorted position of slot s           -1 for slots that are not local; inverse of gather on the others
+    scatter[s]       sorted position of slot s           -1 for slots that are not local; else gather's inverse
     tile_expert[t]   expert of tile t                    -1 behind the last tile
     tile_first[t]    its first sorted position; the tile ends block_m later or with its expert
 
@@ -84,7 +84,7 @@ def max_tiles(slots: int, num_experts: int, block_m: int) -> int:
         block_m: rows of a tile.
     """
     opened = min(slots, num_experts)
-    return opened + (slots - opened) // block_m
+    return opened + (slots - opened) // block_m if opened else 0
 
 
 @triton.jit

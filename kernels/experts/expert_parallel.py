@@ -136,6 +136,7 @@ def expert_parallel(
 def _gathered(tensor: Tensor, fill: float, capacity: int, group: dist.ProcessGroup | None) -> Tensor:
     padded = tensor.new_full((capacity, tensor.shape[1]), fill)
     padded[: tensor.shape[0]] = tensor
-    everybody = tensor.new_empty((dist.get_world_size(group) * capacity, tensor.shape[1]))
-    dist.all_gather_into_tensor(everybody, padded, group=group)
+    ranks = dist.get_world_size(group)
+    everybody = tensor.new_empty((ranks * capacity, tensor.shape[1]))
+    dist.all_gather(list(everybody.chunk(ranks)), padded, group=group)
     return everybody
