@@ -84,7 +84,10 @@ def dispatch_ref(local: Tensor, num_experts: int, block_m: int) -> DispatchRef:
         `DispatchRef`; tiles are those in use, without a tail.
     """
     experts = local.flatten().tolist()
-    slots_of = [[s for s, e in enumerate(experts) if e == expert] for expert in range(num_experts)]
+    slots_of: list[list[int]] = [[] for _ in range(num_experts)]
+    for slot, expert in enumerate(experts):
+        if 0 <= expert < num_experts:
+            slots_of[expert].append(slot)
     gather = [slot for slots in slots_of for slot in slots]
     scatter = [-1] * len(experts)
     for position, slot in enumerate(gather):
