@@ -77,13 +77,16 @@ def routed(experts: Experts, weights: Tensor, chosen: Tensor) -> Tensor:
 
 
 def segments(plan: Mapping[str, Tensor]) -> list[tuple[int, Tensor]]:
-    """What a grouped GEMM reads: (local expert, slots), the slots being gather's between the expert's offsets."""
+    """What a grouped GEMM reads: (local expert, slots), the slots being gather's between the expert's offsets.
+
+    Entries that are no slot (-1, or poison where nobody wrote) are left out: a GEMM would skip or fault there.
+    """
     gather, counts = plan["gather"].cpu().to(torch.int64), plan["histogram"].tolist()
     starts = plan["offsets"].tolist()
     found = []
     for expert, (start, count) in enumerate(zip(starts, counts, strict=False)):
         slots = gather[start : start + count]
-        found.append((expert, slots[slots >= 0]))
+        found.append((expert, slots[(slots >= 0) & (slots < len(gather))]))
     return found
 
 

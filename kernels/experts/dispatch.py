@@ -150,8 +150,8 @@ def _place_kernel(
     # position = slots of lower experts + same expert in earlier blocks + same expert earlier in this block
     position = tl.load(block_counts + block.to(tl.int64) * (E + 1) + mine, mask=live, other=0)
     for first in range(0, BLOCK_SLOTS, CHUNK_N):
-        others = first + tl.arange(0, CHUNK_N)
-        exists = (others < BLOCK_SLOTS) & (block * BLOCK_SLOTS + others < total)
+        others = first + tl.arange(0, CHUNK_N)  # a block is a multiple of CHUNK_N slots
+        exists = block * BLOCK_SLOTS + others < total
         theirs = _expert_of(local, block * BLOCK_SLOTS + others, exists, E)
         earlier = exists[None, :] & (others[None, :] < lanes[:, None]) & (theirs[None, :] == mine[:, None])
         position += tl.sum(earlier.to(tl.int32), axis=1)
@@ -166,10 +166,11 @@ def _place_kernel(
     if block == 0:
         tl.store(offsets + E, start)
 
-    # Slots that are not local come behind all others, so between them the programs write every entry once.
+    # Slots that are not local come behind all others, so between them the programs write every entry once. The bound
+    # on the position holds for right counts: a wrong one has to turn a gate red, not write where it pleases.
     is_local = mine < E
     tl.store(scatter + slots, tl.where(is_local, position, -1), mask=live)
-    tl.store(gather + position, tl.where(is_local, slots, -1), mask=live)
+    tl.store(gather + position, tl.where(is_local, slots, -1), mask=live & (position < total))
     for first in range(block * CHUNK_N, tiles, tl.num_programs(0) * CHUNK_N):
         _place_tiles(first, histogram, tile_expert, tile_first, tiles, E, BLOCK_M, CHUNK_N)
 
