@@ -26,7 +26,9 @@ __all__ = [
     "eager_route_hash",
     "eager_route_learned",
     "fused_bytes",
+    "fused_launches",
     "least_bytes",
+    "load_facts",
     "loads",
 ]
 
@@ -193,6 +195,34 @@ def loads(num_experts: int, top_k: int, rows: int, skew: float, seed: int = 0) -
     uniform = torch.rand((rows, num_experts), generator=generator).clamp_min(1e-12)
     chosen = (popularity - torch.log(-torch.log(uniform))).topk(top_k, dim=1).indices
     return torch.bincount(chosen.flatten(), minlength=num_experts)
+
+
+def load_facts(counts: Tensor, ranks: int, block_m: int) -> dict[str, float]:
+    """What a histogram means for a linear placement over ranks and for tiles of block_m rows.
+
+    Args:
+        counts: integer ``[E]``, tokens per expert.
+        ranks: R.
+        block_m: rows of a tile.
+
+    Returns:
+        mean and largest load, empty experts, load of the busiest rank over the ranks' mean (1 is balanced; 0 without a
+        token), tiles needed, tiles that the ranks' grids reserve (`max_tiles`, summed), and the share of the needed
+        tiles' rows that hold a slot.
+    """
+    slots = int(counts.sum())
+    owned = [int(part.sum()) for part in counts.tensor_split(ranks)]
+    tiles = int(((counts + block_m - 1) // block_m).sum())
+    sizes = [len(part) for part in counts.tensor_split(ranks)]
+    return {
+        "mean": slots / len(counts),
+        "largest": int(counts.max()),
+        "empty": int((counts == 0).sum()),
+        "busiest rank": max(owned) / (slots / ranks) if slots else 0.0,
+        "tiles": tiles,
+        "reserved": sum(max_tiles(slots, size, block_m) for size in sizes),
+        "filled": slots / (tiles * block_m) if tiles else 0.0,
+    }
 
 
 def fused_launches(params: Mapping[str, Any]) -> int:
