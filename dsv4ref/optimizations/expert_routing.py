@@ -457,8 +457,9 @@ OPTIMIZATION = Optimization(
         ),
         "sentinel-clamped": Hazard(
             title="the -1 of padding rows reaches a kernel that has none",
-            story="Clamped to 0 so that nothing faults, every slot that is not local becomes work for expert 0.",
-            source="vllm#57036 (fault), vllm#47158 (cosine 0.527)",
+            story="A kernel indexes the weights with -1 and faults. Sending such slots to expert 0 is right with a "
+            "weight of 0, which the fix has; clamped alone, every slot that is not local is expert 0's work.",
+            source="vllm#57036 (the fault, and the fix), vllm#47158 (cosine 0.527)",
             ids=("H15",),
             case="tiny-padding",
             planted=_with_local(lambda ids, one: one.remap(ids).clamp(min=0)),
