@@ -26,7 +26,7 @@ def assignment_pair(right: Tensor, wrong: Tensor, *, rank_sizes: Sequence[int], 
 
     Args:
         right, wrong: integer ``[M, E]``, how often each expert computes each token.
-        rank_sizes: experts of each rank, in the order of the columns; they add up to E.
+        rank_sizes: experts of each rank of a linear placement; they add up to E.
         title: what went wrong; also begins the alternative text.
 
     Returns:
@@ -65,9 +65,10 @@ def assignment_pair(right: Tensor, wrong: Tensor, *, rank_sizes: Sequence[int], 
         f"{int(right.sum())} pairs asked for; with the bug {int(wrong.sum())} are computed, "
         f"{more} of them stray, and {fewer} missing"
     )
-    parts.append(_svg_text(24, bottom + 18, f"{rows} tokens down, {experts} experts across. {facts}"))
+    parts.append(_svg_text(24, bottom + 18, f"{rows} tokens down, {experts} experts across"))
+    parts.append(_svg_text(24, bottom + 36, facts))
     return _svg(
-        _WIDTH, round(bottom + 28), title, f"{title}. {rows} tokens x {experts} experts: {facts}", "".join(parts)
+        _WIDTH, round(bottom + 46), title, f"{title}. {rows} tokens x {experts} experts: {facts}", "".join(parts)
     )
 
 
