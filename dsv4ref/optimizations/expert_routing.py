@@ -201,7 +201,7 @@ def _predict(case: Case, device: str) -> Prediction:
     router, rows, kind = p["router"], p["rows"], p["kind"]
     logit_bytes = p["dtype"].itemsize
     num_local = -(-router.n_experts // p["ranks"])
-    eager = routing_eager.eager_bytes(kind, rows, router, logit_bytes)
+    eager = routing_eager.eager_bytes(kind, rows, router, num_local, logit_bytes)
     fused = routing_eager.fused_bytes(kind, rows, router, num_local, logit_bytes, p["block_m"])
     least = routing_eager.least_bytes(kind, rows, router, num_local, logit_bytes)
     eager_launches = routing_eager.EAGER_LAUNCHES[kind] + routing_eager.EAGER_LAUNCHES["plan"]

@@ -129,7 +129,15 @@ _EAGER_SLOT_BYTES: Mapping[str, int] = {
     "scatter": 4 + (8 + 4 + 4) + (4 + 1 + 4),
     "gather": (8 + 4) + (4 + 1) + (4 + 1 + 4),
 }
-"""The eager plan: bytes moved per slot. Operators per expert and per tile, half of the launches, count as none."""
+"""The eager plan: bytes moved per slot."""
+_EAGER_EXPERT_BYTES: Mapping[str, int] = {
+    "zeros": 4,
+    "two running sums": 2 * (4 + 4),
+    "offsets": 4 + 4,
+    "tiles needed": 2 * (4 + 4),
+    "tile starts": 3 * 4,
+}
+"""The eager plan: bytes moved per expert of the rank. Operators per tile count as none."""
 
 
 def least_bytes(kind: str, rows: int, router: RouterConfig, num_local: int, logit_bytes: int) -> int:
@@ -148,32 +156,33 @@ def least_bytes(kind: str, rows: int, router: RouterConfig, num_local: int, logi
     return read + rows * router.top_k * 16 + num_local * 4
 
 
-def eager_bytes(kind: str, rows: int, router: RouterConfig, logit_bytes: int) -> int:
+def eager_bytes(kind: str, rows: int, router: RouterConfig, num_local: int, logit_bytes: int) -> int:
     """Bytes the eager path asks for.
 
     Args:
         kind: "learned", "hash" or "grouped".
         rows: M.
         router: E and k.
+        num_local: experts of this rank.
         logit_bytes: 4, or 2 for bf16 logits, which are cast first.
     """
     cast = 0 if logit_bytes == 4 else logit_bytes + 4
     per_logit = _EAGER_SCORE_BYTES[kind] + cast
-    return rows * router.n_experts * per_logit + rows * router.top_k * sum(_EAGER_SLOT_BYTES.values())
+    per_slot, per_expert = sum(_EAGER_SLOT_BYTES.values()), sum(_EAGER_EXPERT_BYTES.values())
+    return rows * (router.n_experts * per_logit + router.top_k * per_slot) + num_local * per_expert
 
 
 def fused_bytes(kind: str, rows: int, router: RouterConfig, num_local: int, logit_bytes: int, block_m: int) -> int:
     """Bytes the kernels ask for, re-reads of bias, histogram and block counts included.
 
     Args: as `eager_bytes`; and
-        num_local: experts of this rank.
         block_m: rows of a tile.
     """
     slots, blocks = rows * router.top_k, -(-rows // BLOCK_TOKENS)
     scored = rows * router.n_experts * (logit_bytes + 4) if kind != "hash" else rows * (router.top_k + 1) * 8
     routed = slots * (4 + 4 + logit_bytes)
     counted = slots * (4 + 4 + 4) + 3 * 4 * blocks * (num_local + 1)
-    placed = slots * (4 + 4 + 4 + 8) + 4 * blocks * num_local
+    placed = slots * (4 + 4 + 4 + 8) + 4 * num_local * max(blocks, 1) + 2 * 4 * num_local
     tiles = max_tiles(slots, num_local, block_m) * 8
     return scored + routed + counted + placed + tiles
 
