@@ -60,6 +60,21 @@ TOLERANCES = {
         yardstick_factor=2.0,
         reason="one bf16 rounding of an fp32 accumulation (half an ulp = 1/256), doubled for summation order",
     ),
+    "router_fp32": Tolerance(
+        abs=1e-12,
+        rel=16 * 2.0**-23,
+        cosine=None,
+        yardstick_factor=None,
+        reason="16 fp32 ulps: exp, log and root of the score, a sum of k scores, a quotient and the scale, a few each; "
+        "absolute slack for weights of exactly 0",
+    ),
+    "routed_sum": Tolerance(
+        abs=1e-5,
+        rel=1e-5,
+        cosine=1e-10,
+        yardstick_factor=None,
+        reason="float64 experts summed with fp32 router weights: the weights' 2e-6, and cancellation among k terms",
+    ),
 }
 """Every numerical budget of the workbook, by name."""
 

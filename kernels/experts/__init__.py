@@ -1,0 +1,16 @@
+"""Expert routing: scores to experts and weights, global to local ids, and the order a grouped GEMM reads tokens in."""
+
+from dsv4ref.kernels.experts.dispatch import DispatchPlan, allocate_plan, max_tiles, plan_dispatch
+from dsv4ref.kernels.experts.expert_map import ExpertMap
+from dsv4ref.kernels.experts.routing import route_grouped, route_hash, route_learned
+
+__all__ = [
+    "DispatchPlan",
+    "ExpertMap",
+    "allocate_plan",
+    "max_tiles",
+    "plan_dispatch",
+    "route_grouped",
+    "route_hash",
+    "route_learned",
+]
