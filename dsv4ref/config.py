@@ -69,6 +69,8 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
+        if not isinstance(self.norm_topk_prob, bool):
+            raise TypeError(f"norm_topk_prob: got {self.norm_topk_prob!r}, expected True or False")
         if self.scoring not in ("sqrtsoftplus", "sigmoid"):
             raise ValueError(f"scoring: got {self.scoring!r}, expected 'sqrtsoftplus' or 'sigmoid'")
         if self.n_groups is None or self.topk_groups is None:
@@ -147,7 +149,8 @@ class ModelConfig:
                 f"{self.n_layers} + {self.n_mtp_layers} = {self.n_layers + self.n_mtp_layers}"
             )
         for layer, ratio in enumerate(self.compress_ratios):
-            if ratio not in LAYER_KINDS:
+            # False and 4.0 are keys of LAYER_KINDS too, and no lengths.
+            if type(ratio) is not int or ratio not in LAYER_KINDS:
                 raise ValueError(f"compress_ratios: entry {layer} is {ratio!r}, expected 0, 4 or 128")
             if layer >= self.n_layers and ratio != SWA:
                 raise ValueError(f"compress_ratios: entry {layer} is an MTP block with ratio {ratio}, expected 0")
@@ -173,6 +176,13 @@ class ModelConfig:
                 )
         if not 0 <= self.n_hash_layers <= self.n_layers:
             raise ValueError(f"n_hash_layers: got {self.n_hash_layers}, expected 0 to n_layers = {self.n_layers}")
+        if not isinstance(self.router, RouterConfig):
+            raise TypeError(f"router: got {type(self.router).__name__}, expected a RouterConfig")
+        if self.router.scoring != "sqrtsoftplus" or self.router.n_groups is not None:
+            kind = "no groups" if self.router.n_groups is None else f"{self.router.n_groups} groups"
+            raise ValueError(
+                f"router: got {self.router.scoring} with {kind}, expected sqrtsoftplus with no groups (V4)"
+            )
 
     # --- attention ---------------------------------------------------------------------------------------------------
 

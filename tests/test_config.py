@@ -175,6 +175,10 @@ def test_tiny_model_keeps_what_kernels_and_traps_depend_on() -> None:
         ({"n_heads": 0}, "n_heads: got 0, expected a finite number above 0"),
         ({"n_hash_layers": -1}, "n_hash_layers: got -1, expected a finite number 0 or more"),
         ({"hc_eps": float("nan")}, "hc_eps: got nan, expected a finite number above 0"),
+        ({"compress_ratios": (0, False, 4, 128, 0)}, "compress_ratios: entry 1 is False, expected 0, 4 or 128"),
+        ({"compress_ratios": (0, 0, 4.0, 128, 0)}, "compress_ratios: entry 2 is 4.0, expected 0, 4 or 128"),
+        ({"router": V3_2.router}, "router: got sigmoid with 8 groups, expected sqrtsoftplus with no groups"),
+        ({"router": replace(V4_TINY.router, scoring="sigmoid")}, "router: got sigmoid with no groups, expected sqrts"),
     ],
 )
 def test_inconsistent_model_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -189,11 +193,17 @@ def test_inconsistent_model_is_refused(changes: dict[str, Any], message: str) ->
         ({"n_heads": 8.0}, "n_heads: got 8.0, expected an integer"),
         ({"n_layers": True}, "n_layers: got True, expected an integer"),
         ({"rope_theta": "10000"}, "rope_theta: got '10000', expected a number"),
+        ({"router": None}, "router: got NoneType, expected a RouterConfig"),
     ],
 )
 def test_wrong_type_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         replace(V4_TINY, **changes)
+
+
+def test_renormalisation_is_yes_or_no() -> None:
+    with pytest.raises(TypeError, match="norm_topk_prob: got 'false', expected True or False"):
+        replace(V4_TINY.router, norm_topk_prob="false")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,34 @@ def test_types_are_checked(tensors: dict[str, Tensor]) -> None:
         check_weights(CONFIG, tensors | {"layers.0.ffn.gate.tid2eid": table})
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "scale"),
+    [
+        ("layers.1.ffn.gate", torch.zeros(16, 128, dtype=torch.float8_e4m3fn), torch.full((1, 1), 127)),
+        ("embed", torch.zeros(96, 128, dtype=torch.float8_e4m3fn), torch.full((1, 1), 127)),
+        ("layers.0.attn.q_norm", torch.zeros(32, dtype=torch.uint8), torch.full((2,), 127)),
+        ("layers.0.attn.compressor.wkv", torch.zeros(256, 128, dtype=torch.int32), None),
+        ("layers.0.attn.wq_a", torch.zeros(64, 128, dtype=torch.float8_e5m2), None),
+        ("layers.0.attn.wq_a", torch.zeros(64, 128, dtype=torch.int64), None),
+    ],
+    ids=["router", "embedding", "norm", "integers", "e5m2", "integers for a quantised one"],
+)
+def test_formats_that_would_be_read_without_their_scale_are_refused(
+    name: str, tensor: Tensor, scale: Tensor | None, tensors: dict[str, Tensor]
+) -> None:
+    bad = tensors | {f"{name}.weight": tensor}
+    if scale is not None:
+        bad[f"{name}.scale"] = scale.to(torch.uint8)
+    with pytest.raises(TypeError, match=rf"'{name}.weight' is {tensor.dtype}, expected bfloat16 or wider"):
+        check_weights(CONFIG, bad)
+
+
+def test_a_hash_table_of_another_size_is_refused(tensors: dict[str, Tensor]) -> None:
+    name = "layers.0.ffn.gate.tid2eid"
+    with pytest.raises(ValueError, match=rf"{name}' is \[95, 6\], expected \[96, 6\] for test"):
+        check_weights(CONFIG, tensors | {name: tensors[name][:95]})
+
+
 def test_reading_by_prefix(tensors: dict[str, Tensor]) -> None:
     attn = Weights(tensors, torch.float64).at("layers.0").at("attn")
     assert attn.tensor("attn_sink").dtype is torch.float64
