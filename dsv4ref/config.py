@@ -176,6 +176,11 @@ class ModelConfig:
                 )
         if not 0 <= self.n_hash_layers <= self.n_layers:
             raise ValueError(f"n_hash_layers: got {self.n_hash_layers}, expected 0 to n_layers = {self.n_layers}")
+        for name in ("rope_theta", "compress_rope_theta"):
+            if getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a base above 1")
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast: got {self.beta_fast}, expected at least beta_slow = {self.beta_slow}")
         if not isinstance(self.router, RouterConfig):
             raise TypeError(f"router: got {type(self.router).__name__}, expected a RouterConfig")
         if self.router.scoring != "sqrtsoftplus" or self.router.n_groups is not None:
