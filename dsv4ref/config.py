@@ -83,6 +83,11 @@ class RouterConfig:
             _divides(self, "n_groups", "n_experts")
             if self.topk_groups > self.n_groups:
                 raise ValueError(f"topk_groups: got {self.topk_groups}, expected at most n_groups = {self.n_groups}")
+            if self.n_experts < 2 * self.n_groups:
+                raise ValueError(
+                    f"n_groups: got {self.n_groups}, expected at most n_experts / 2 = {self.n_experts // 2} "
+                    "(a group is scored by its two best experts)"
+                )
             candidates = self.n_experts // self.n_groups * self.topk_groups
         if self.top_k > candidates:
             raise ValueError(f"top_k: got {self.top_k}, expected at most {candidates}, the experts it chooses from")

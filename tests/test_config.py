@@ -214,6 +214,7 @@ def test_renormalisation_is_yes_or_no() -> None:
     [
         ({"n_groups": 7}, "n_groups: got 7, expected a divisor of n_experts = 256"),
         ({"topk_groups": None}, "topk_groups: got None with n_groups 8, expected both or neither"),
+        ({"n_groups": 256}, "n_groups: got 256, expected at most n_experts / 2 = 128"),
         ({"topk_groups": 9}, "topk_groups: got 9, expected at most n_groups = 8"),
         ({"topk_groups": 1, "top_k": 33}, "top_k: got 33, expected at most 32"),
         ({"scoring": "softmax"}, "scoring: got 'softmax'"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+import transformers  # conftest imported dsv4ref.kernels: before that, this would find kernels/ on sys.path as `kernels`
 from tiny_models import Recorded, assert_close, random_tokens, random_weights, tiny
 from torch import Tensor
 

@@ -22,7 +22,7 @@ from dsv4ref.ref.attention import (
     queries_ref,
     update_rows_ref,
 )
-from dsv4ref.ref.compressor import compress_ref
+from dsv4ref.ref.compressor import compress_ref, place_entries_ref
 from dsv4ref.ref.experts import moe_ref, route_ref, routed_experts_ref, shared_expert_ref
 from dsv4ref.ref.hyper_connections import collapse_ref, hc_post_ref, hc_pre_ref, hc_weights_ref
 from dsv4ref.ref.indexer import hadamard_ref, index_head_weights_ref, index_queries_ref
@@ -117,6 +117,10 @@ def test_compressed_entries_and_indexer_keys(round_pooled: bool, x: Tensor) -> N
         pooled, _ = compress_ref(x, attn.at(name), before)
         normed = bf16(norm(bf16(pooled) if round_pooled else pooled, f"layers.0.attn.{name}.norm"))
         entries = bf16(rotate_ref(normed, torch.tensor([0, 4]), FREQS))
+        placed = place_entries_ref(
+            pooled, 0, 4, TENSORS[f"layers.0.attn.{name}.norm.weight"].double(), FREQS, 1e-6, numerics
+        )
+        same_bits(placed, entries, f"{name}, before storage")
         if name == "compressor":
             want = torch.cat((fp8_round_trip(entries[:, :64], 64), entries[:, 64:]), dim=1)
         else:
@@ -128,9 +132,13 @@ def test_indexer_queries_and_head_weights(x: Tensor, rng: torch.Generator) -> No
     """The head weights' product is rounded, the scale that multiplies it is not; their input is never FP8."""
     qr = bf16(torch.randn((9, CONFIG.q_lora_rank), generator=rng, dtype=torch.float64))
     indexer = part("layers.0.attn.indexer")
-    got = index_queries_ref(qr, indexer, POSITIONS, FREQS, CONFIG, EVERYTHING)
     heads = bf16(fp8(qr) @ weight("layers.0.attn.indexer.wq_b").T).view(9, 64, 128)
-    same_bits(got, fp4_round_trip(bf16(hadamard_ref(bf16(rotate_ref(heads, POSITIONS, FREQS))))), "indexer queries")
+    queries = bf16(hadamard_ref(bf16(rotate_ref(heads, POSITIONS, FREQS))))
+    # FP4 is so coarse that it would hide the roundings before it.
+    for quantised, want in (("none", queries), ("fp4", fp4_round_trip(queries)), ("fp8", fp8(queries))):
+        numerics = replace(EVERYTHING, quantise_index=quantised)  # type: ignore[arg-type]
+        got = index_queries_ref(qr, indexer, POSITIONS, FREQS, CONFIG, numerics)
+        same_bits(got, want, f"indexer queries, {quantised}")
     want = bf16(x @ weight("layers.0.attn.indexer.weights_proj").T) * CONFIG.index_scale
     same_bits(index_head_weights_ref(x, indexer, CONFIG, EVERYTHING), want, "head weights")
 

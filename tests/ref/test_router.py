@@ -147,5 +147,10 @@ def test_mismatched_arguments_are_refused() -> None:
         route_grouped_ref(torch.zeros(1, 10), torch.zeros(10), SMALL)
     with pytest.raises(ValueError, match=r"logits: got shape \(1, 9\), expected \[T, 10\]"):
         route_learned_ref(torch.zeros(1, 9), torch.zeros(9), SMALL)
+    table = torch.arange(30).view(10, 3) % 10
+    with pytest.raises(ValueError, match="token_ids: got -1, expected 0 to 9"):
+        route_hash_ref(torch.zeros(2, 10), table, torch.tensor([3, -1]), SMALL)
+    with pytest.raises(ValueError, match=r"token_ids: got shape \(1,\), expected \(2,\) like the logits"):
+        route_hash_ref(torch.zeros(2, 10), table, torch.tensor([3]), SMALL)
     with pytest.raises(ValueError, match=r"bias: got torch.bfloat16 \(10,\), expected torch.float32"):
         route_learned_ref(torch.zeros(1, 10), torch.zeros(10, dtype=torch.bfloat16), SMALL)
