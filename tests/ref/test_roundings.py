@@ -35,6 +35,12 @@ from dsv4ref.ref.weights import Weights
 
 CONFIG = tiny((4, 0), swiglu_limit=0.7)
 EVERYTHING = replace(DEEPSEEK, dtype=torch.float64)
+# FP8 rounds to bfloat16 on its way, and would hide that a linear's input was not: once with it, once without.
+INPUTS = {
+    "fp8": EVERYTHING,
+    "bf16": replace(EVERYTHING, quantise_linear_inputs="none", quantise_expert_inputs="none"),
+}
+both_inputs = pytest.mark.parametrize("inputs", INPUTS)
 C4_LAYER, SWA_LAYER = 0, 1
 POSITIONS = torch.arange(9)
 TENSORS = random_weights(CONFIG, 21)
@@ -49,6 +55,10 @@ def bf16(x: Tensor) -> Tensor:
 def fp8(x: Tensor) -> Tensor:
     """What a linear with FP8 weights makes of its input."""
     return fp8_round_trip(x, 128)
+
+
+def read(x: Tensor, inputs: str) -> Tensor:
+    return fp8(x) if inputs == "fp8" else x
 
 
 def weight(name: str) -> Tensor:
@@ -143,14 +153,15 @@ def test_indexer_queries_and_head_weights(x: Tensor, rng: torch.Generator) -> No
     same_bits(index_head_weights_ref(x, indexer, CONFIG, EVERYTHING), want, "head weights")
 
 
-def test_output_projection(rng: torch.Generator) -> None:
+@both_inputs
+def test_output_projection(inputs: str, rng: torch.Generator) -> None:
     """``wo_a`` reads bfloat16 although it is stored in FP8; ``wo_b`` reads FP8."""
     o = bf16(torch.randn((9, CONFIG.n_heads, CONFIG.head_dim), generator=rng, dtype=torch.float64))
-    got = output_ref(o, part("layers.0.attn"), POSITIONS, FREQS, CONFIG, EVERYTHING)
+    got = output_ref(o, part("layers.0.attn"), POSITIONS, FREQS, CONFIG, INPUTS[inputs])
     grouped = bf16(rotate_back_ref(o, POSITIONS, FREQS)).view(9, CONFIG.o_groups, -1)
     per_group = weight("layers.0.attn.wo_a").view(CONFIG.o_groups, CONFIG.o_lora_rank, -1)
     z = bf16(torch.einsum("tgd,grd->tgr", grouped, per_group)).flatten(1)
-    same_bits(got, bf16(fp8(z) @ weight("layers.0.attn.wo_b").T), "attention output")
+    same_bits(got, bf16(read(z, inputs) @ weight("layers.0.attn.wo_b").T), "attention output")
 
 
 def test_attention_rounds_its_output_and_no_probability(x: Tensor) -> None:
@@ -164,34 +175,37 @@ def test_attention_rounds_its_output_and_no_probability(x: Tensor) -> None:
     same_bits(got, output_ref(bf16(o), attn, POSITIONS, freqs, CONFIG, EVERYTHING), "attention output")
 
 
+@both_inputs
 @pytest.mark.parametrize("before", [True, False])
-def test_routed_experts(before: bool, x: Tensor) -> None:
+def test_routed_experts(before: bool, inputs: str, x: Tensor) -> None:
     """Each matrix's product is rounded, the sum over experts is not."""
     ffn = part("layers.1.ffn")
     route, experts = route_ref(x, torch.zeros(9, dtype=torch.int64), ffn.at("gate"), False, CONFIG)
-    numerics = replace(EVERYTHING, weight_before_w2=before)
+    numerics = replace(INPUTS[inputs], weight_before_w2=before)
     got = routed_experts_ref(x, route, experts, ffn.at("experts"), 0.7, numerics)
     want = torch.zeros_like(x)
     for t in range(9):
         for w, expert in sorted(zip(route[t].tolist(), experts[t].tolist(), strict=True), key=lambda pair: pair[1]):
             w1, w2, w3 = (weight(f"layers.1.ffn.experts.{expert}.w{i}") for i in (1, 2, 3))
-            gate, up = bf16(w1 @ fp8(x[t])).clamp(max=0.7), bf16(w3 @ fp8(x[t])).clamp(-0.7, 0.7)
+            row = read(x[t], inputs)
+            gate, up = bf16(w1 @ row).clamp(max=0.7), bf16(w3 @ row).clamp(-0.7, 0.7)
             hidden = torch.nn.functional.silu(gate) * up
-            y = bf16(w2 @ fp8(bf16(hidden * w if before else hidden)))
+            y = bf16(w2 @ read(bf16(hidden * w if before else hidden), inputs))
             want[t] += y if before else y * w
     same_bits(got, want, "routed sum")
 
 
-def test_shared_expert_and_the_sum_of_both(x: Tensor) -> None:
-    ffn, name = part("layers.1.ffn"), "layers.1.ffn.shared_experts"
-    gate, up = (bf16(fp8(x) @ weight(f"{name}.w{i}").T) for i in (1, 3))
+@both_inputs
+def test_shared_expert_and_the_sum_of_both(inputs: str, x: Tensor) -> None:
+    numerics, ffn, name = INPUTS[inputs], part("layers.1.ffn"), "layers.1.ffn.shared_experts"
+    gate, up = (bf16(read(x, inputs) @ weight(f"{name}.w{i}").T) for i in (1, 3))
     hidden = bf16(torch.nn.functional.silu(gate.clamp(max=0.7)) * up.clamp(-0.7, 0.7))
-    shared = bf16(fp8(hidden) @ weight(f"{name}.w2").T)
-    same_bits(shared_expert_ref(x, ffn.at("shared_experts"), 0.7, EVERYTHING), shared, "shared expert")
+    shared = bf16(read(hidden, inputs) @ weight(f"{name}.w2").T)
+    same_bits(shared_expert_ref(x, ffn.at("shared_experts"), 0.7, numerics), shared, "shared expert")
     ids = torch.zeros(9, dtype=torch.int64)
     route, experts = route_ref(x, ids, ffn.at("gate"), False, CONFIG)
-    routed = routed_experts_ref(x, route, experts, ffn.at("experts"), 0.7, EVERYTHING)
-    same_bits(moe_ref(x, ids, ffn, False, CONFIG, EVERYTHING), bf16(routed + shared), "routed and shared")
+    routed = routed_experts_ref(x, route, experts, ffn.at("experts"), 0.7, numerics)
+    same_bits(moe_ref(x, ids, ffn, False, CONFIG, numerics), bf16(routed + shared), "routed and shared")
 
 
 def test_hyper_connections(rng: torch.Generator) -> None:
@@ -238,16 +252,18 @@ def test_embedding_and_head() -> None:
     same_bits(output.logits, bf16(norm(collapsed, "norm")) @ weight("head").T, "logits")
 
 
-def test_mtp(rng: torch.Generator) -> None:
+@both_inputs
+def test_mtp(inputs: str, rng: torch.Generator) -> None:
+    model = replace(MODEL, numerics=INPUTS[inputs])
     streams = bf16(torch.randn((9, 4, CONFIG.hidden_size), generator=rng, dtype=torch.float64))
     tokens = random_tokens(CONFIG, 9, 3)
     embedded = bf16(TENSORS["embed.weight"][tokens].double())
     masked = torch.cat((torch.zeros_like(embedded[:1]), embedded[1:]))
-    e = bf16(fp8(bf16(norm(masked, "mtp.0.enorm"))) @ weight("mtp.0.e_proj").T)
-    h = bf16(fp8(bf16(norm(streams, "mtp.0.hnorm"))) @ weight("mtp.0.h_proj").T)
-    joined = mtp_inputs_ref(streams, embedded, POSITIONS, MODEL, CONFIG.n_layers)
+    e = bf16(read(bf16(norm(masked, "mtp.0.enorm")), inputs) @ weight("mtp.0.e_proj").T)
+    h = bf16(read(bf16(norm(streams, "mtp.0.hnorm")), inputs) @ weight("mtp.0.h_proj").T)
+    joined = mtp_inputs_ref(streams, embedded, POSITIONS, model, CONFIG.n_layers)
     same_bits(joined, bf16(e[:, None] + h), "joined streams")
-    output, _ = mtp_ref(MODEL, tokens, streams)
-    result, _ = block_ref(joined, tokens, POSITIONS, 2, MODEL, empty_layer(CONFIG, 0, torch.float64))
+    output, _ = mtp_ref(model, tokens, streams)
+    result, _ = block_ref(joined, tokens, POSITIONS, 2, model, empty_layer(CONFIG, 0, torch.float64))
     same_bits(output.streams, result, "streams")
-    same_bits(output.logits, head_ref(result, part("mtp.0"), MODEL), "logits")
+    same_bits(output.logits, head_ref(result, part("mtp.0"), model), "logits")
