@@ -226,17 +226,19 @@ def test_hyper_connections(rng: torch.Generator) -> None:
     same_bits(collapse_ref(streams, Weights(TENSORS, torch.float64), CONFIG, EVERYTHING), bf16(unrounded), "collapsed")
 
 
-def test_a_block_rounds_its_norms(rng: torch.Generator) -> None:
+@both_inputs
+def test_a_block_rounds_its_norms(inputs: str, rng: torch.Generator) -> None:
+    numerics, model = INPUTS[inputs], replace(MODEL, numerics=INPUTS[inputs])
     streams = bf16(torch.randn((9, 4, CONFIG.hidden_size), generator=rng, dtype=torch.float64))
     ids, block = random_tokens(CONFIG, 9, 1), part("layers.1")
-    got, _ = block_ref(streams, ids, POSITIONS, 1, MODEL, empty_layer(CONFIG, 0, torch.float64))
-    u, post, mix = hc_pre_ref(streams, block, "attn", CONFIG, EVERYTHING)
+    got, _ = block_ref(streams, ids, POSITIONS, 1, model, empty_layer(CONFIG, 0, torch.float64))
+    u, post, mix = hc_pre_ref(streams, block, "attn", CONFIG, numerics)
     state, normed = empty_layer(CONFIG, 0, torch.float64), bf16(norm(u, "layers.1.attn_norm"))
-    result, _ = attention_ref(normed, block.at("attn"), 1, POSITIONS, state, CONFIG, EVERYTHING)
-    between = hc_post_ref(result, streams, post, mix, EVERYTHING)
-    u, post, mix = hc_pre_ref(between, block, "ffn", CONFIG, EVERYTHING)
-    result = moe_ref(bf16(norm(u, "layers.1.ffn_norm")), ids, block.at("ffn"), False, CONFIG, EVERYTHING)
-    same_bits(got, hc_post_ref(result, between, post, mix, EVERYTHING), "streams")
+    result, _ = attention_ref(normed, block.at("attn"), 1, POSITIONS, state, CONFIG, numerics)
+    between = hc_post_ref(result, streams, post, mix, numerics)
+    u, post, mix = hc_pre_ref(between, block, "ffn", CONFIG, numerics)
+    result = moe_ref(bf16(norm(u, "layers.1.ffn_norm")), ids, block.at("ffn"), False, CONFIG, numerics)
+    same_bits(got, hc_post_ref(result, between, post, mix, numerics), "streams")
 
 
 def test_embedding_and_head() -> None:
