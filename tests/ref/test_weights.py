@@ -55,10 +55,13 @@ def doubled_expert(tensors: dict[str, Any]) -> None:
     tensors["layers.0.ffn.gate.tid2eid"] = table
 
 
-def unknown_expert(tensors: dict[str, Any]) -> None:
-    table = tensors["layers.0.ffn.gate.tid2eid"].clone()
-    table[17, 2] = 16
-    tensors["layers.0.ffn.gate.tid2eid"] = table
+def unknown_expert(expert: int) -> Callable[[dict[str, Any]], None]:
+    def change(tensors: dict[str, Any]) -> None:
+        table = tensors["layers.0.ffn.gate.tid2eid"].clone()
+        table[17, 2] = expert
+        tensors["layers.0.ffn.gate.tid2eid"] = table
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -83,9 +86,10 @@ def unknown_expert(tensors: dict[str, Any]) -> None:
             r"'layers.1.attn.wkv.scale' is torch.float32, expected UE8M0",
         ),
         (doubled_expert, r"gives token 17 experts \[3, 1, 2, 5, 3, 0\], expected distinct"),
-        (unknown_expert, "names expert 16, expected 0 to 15"),
+        (unknown_expert(16), "names expert 16, expected 0 to 15"),
+        (unknown_expert(-1), "names expert -1, expected 0 to 15"),
     ],
-    ids=["missing", "unknown", "shape", "no scale", "unpacked", "scale dtype", "double", "expert id"],
+    ids=["missing", "unknown", "shape", "no scale", "unpacked", "scale dtype", "double", "expert id", "no expert"],
 )
 def test_wrong_weights_are_refused(
     change: Callable[[dict[str, Any]], None], message: str, tensors: dict[str, Tensor]
