@@ -7,13 +7,13 @@ compressor groups and the window change hands, against ONE forward pass of trans
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import transformers  # conftest imported dsv4ref.kernels: before that, this would find kernels/ on sys.path as `kernels`
 from tiny_models import Recorded, assert_close, random_tokens, random_weights, tiny
 from torch import Tensor
 
@@ -21,6 +21,10 @@ from dsv4ref.config import V4_TINY, ModelConfig
 from dsv4ref.ref.model import Model, forward_ref
 from dsv4ref.ref.mtp import mtp_inputs_ref, mtp_ref, new_mtp_sequence
 from dsv4ref.ref.numerics import STRUCTURE
+
+# Untyped on purpose: its annotations do not know what its own configuration accepts. conftest has imported
+# dsv4ref.kernels by now; before that, transformers would take kernels/ on sys.path for a package of its own.
+transformers: Any = importlib.import_module("transformers")
 
 LIMIT = 2e-5
 """Of |dlogit|, for logits with a standard deviation of about 1: fp32 sums in another order, four layers deep."""
