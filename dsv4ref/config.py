@@ -69,6 +69,8 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
+        if not isinstance(self.norm_topk_prob, bool):
+            raise TypeError(f"norm_topk_prob: got {self.norm_topk_prob!r}, expected True or False")
         if self.scoring not in ("sqrtsoftplus", "sigmoid"):
             raise ValueError(f"scoring: got {self.scoring!r}, expected 'sqrtsoftplus' or 'sigmoid'")
         if self.n_groups is None or self.topk_groups is None:
@@ -81,6 +83,11 @@ class RouterConfig:
             _divides(self, "n_groups", "n_experts")
             if self.topk_groups > self.n_groups:
                 raise ValueError(f"topk_groups: got {self.topk_groups}, expected at most n_groups = {self.n_groups}")
+            if self.n_experts < 2 * self.n_groups:
+                raise ValueError(
+                    f"n_groups: got {self.n_groups}, expected at most n_experts / 2 = {self.n_experts // 2} "
+                    "(a group is scored by its two best experts)"
+                )
             candidates = self.n_experts // self.n_groups * self.topk_groups
         if self.top_k > candidates:
             raise ValueError(f"top_k: got {self.top_k}, expected at most {candidates}, the experts it chooses from")
@@ -147,7 +154,8 @@ class ModelConfig:
                 f"{self.n_layers} + {self.n_mtp_layers} = {self.n_layers + self.n_mtp_layers}"
             )
         for layer, ratio in enumerate(self.compress_ratios):
-            if ratio not in LAYER_KINDS:
+            # False and 4.0 are keys of LAYER_KINDS too, and no lengths.
+            if type(ratio) is not int or ratio not in LAYER_KINDS:
                 raise ValueError(f"compress_ratios: entry {layer} is {ratio!r}, expected 0, 4 or 128")
             if layer >= self.n_layers and ratio != SWA:
                 raise ValueError(f"compress_ratios: entry {layer} is an MTP block with ratio {ratio}, expected 0")
@@ -173,6 +181,18 @@ class ModelConfig:
                 )
         if not 0 <= self.n_hash_layers <= self.n_layers:
             raise ValueError(f"n_hash_layers: got {self.n_hash_layers}, expected 0 to n_layers = {self.n_layers}")
+        for name in ("rope_theta", "compress_rope_theta"):
+            if getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a base above 1")
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast: got {self.beta_fast}, expected at least beta_slow = {self.beta_slow}")
+        if not isinstance(self.router, RouterConfig):
+            raise TypeError(f"router: got {type(self.router).__name__}, expected a RouterConfig")
+        if self.router.scoring != "sqrtsoftplus" or self.router.n_groups is not None:
+            kind = "no groups" if self.router.n_groups is None else f"{self.router.n_groups} groups"
+            raise ValueError(
+                f"router: got {self.router.scoring} with {kind}, expected sqrtsoftplus with no groups (V4)"
+            )
 
     # --- attention ---------------------------------------------------------------------------------------------------
 

@@ -175,6 +175,13 @@ def test_tiny_model_keeps_what_kernels_and_traps_depend_on() -> None:
         ({"n_heads": 0}, "n_heads: got 0, expected a finite number above 0"),
         ({"n_hash_layers": -1}, "n_hash_layers: got -1, expected a finite number 0 or more"),
         ({"hc_eps": float("nan")}, "hc_eps: got nan, expected a finite number above 0"),
+        ({"compress_ratios": (0, False, 4, 128, 0)}, "compress_ratios: entry 1 is False, expected 0, 4 or 128"),
+        ({"compress_ratios": (0, 0, 4.0, 128, 0)}, "compress_ratios: entry 2 is 4.0, expected 0, 4 or 128"),
+        ({"rope_theta": 1.0}, "rope_theta: got 1.0, expected a base above 1"),
+        ({"compress_rope_theta": 0.5}, "compress_rope_theta: got 0.5, expected a base above 1"),
+        ({"beta_fast": 1.0, "beta_slow": 32.0}, "beta_fast: got 1.0, expected at least beta_slow = 32.0"),
+        ({"router": V3_2.router}, "router: got sigmoid with 8 groups, expected sqrtsoftplus with no groups"),
+        ({"router": replace(V4_TINY.router, scoring="sigmoid")}, "router: got sigmoid with no groups, expected sqrts"),
     ],
 )
 def test_inconsistent_model_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -189,6 +196,7 @@ def test_inconsistent_model_is_refused(changes: dict[str, Any], message: str) ->
         ({"n_heads": 8.0}, "n_heads: got 8.0, expected an integer"),
         ({"n_layers": True}, "n_layers: got True, expected an integer"),
         ({"rope_theta": "10000"}, "rope_theta: got '10000', expected a number"),
+        ({"router": None}, "router: got NoneType, expected a RouterConfig"),
     ],
 )
 def test_wrong_type_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -196,11 +204,17 @@ def test_wrong_type_is_refused(changes: dict[str, Any], message: str) -> None:
         replace(V4_TINY, **changes)
 
 
+def test_renormalisation_is_yes_or_no() -> None:
+    with pytest.raises(TypeError, match="norm_topk_prob: got 'false', expected True or False"):
+        replace(V4_TINY.router, norm_topk_prob="false")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"n_groups": 7}, "n_groups: got 7, expected a divisor of n_experts = 256"),
         ({"topk_groups": None}, "topk_groups: got None with n_groups 8, expected both or neither"),
+        ({"n_groups": 256}, "n_groups: got 256, expected at most n_experts / 2 = 128"),
         ({"topk_groups": 9}, "topk_groups: got 9, expected at most n_groups = 8"),
         ({"topk_groups": 1, "top_k": 33}, "top_k: got 33, expected at most 32"),
         ({"scoring": "softmax"}, "scoring: got 'softmax'"),

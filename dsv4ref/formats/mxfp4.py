@@ -106,10 +106,7 @@ def unpack(packed: Tensor) -> Tensor:
     Returns:
         uint8 codes ``[..., K]``.
     """
-    if packed.dtype not in (torch.uint8, torch.int8):
-        raise TypeError(f"packed: got {packed.dtype}, expected torch.uint8 or torch.int8")
-    if packed.dim() < 1:
-        raise ValueError("packed: got a scalar, expected at least one dimension")
+    _check_packed(packed)
     # int8's right shift would copy the sign into the high nibble.
     as_bytes = packed.contiguous().view(torch.uint8)
     return torch.stack((as_bytes & 0x0F, as_bytes >> 4), dim=-1).flatten(-2)
@@ -140,24 +137,39 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Inverse of `quantise`: code * 2^(byte - 127).
+    """Inverse of `quantise`: code * 2^(byte - 127), exact wherever ``dtype`` holds the product.
 
     Args:
         packed: uint8 or int8 ``[..., K / 2]``.
         scales: UE8M0 bytes, uint8 ``[..., K / 32]``.
-        dtype: result type.
+        dtype: result type. The largest scales reach beyond float32 and bfloat16, which then give an infinity.
 
     Returns:
         ``[..., K]`` of ``dtype``.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        TypeError, ValueError: the dtypes are others, or the shapes do not belong together.
     """
-    codes = unpack(packed)
-    if tuple(scales.shape) != (*codes.shape[:-1], codes.shape[-1] // BLOCK) or codes.shape[-1] % BLOCK:
+    _check_packed(packed)
+    width = 2 * packed.shape[-1]
+    wanted = (*packed.shape[:-1], width // BLOCK)
+    if tuple(scales.shape) != wanted or width % BLOCK:
         raise ValueError(
             f"scales: got shape {tuple(scales.shape)} for {tuple(packed.shape)} packed bytes, "
-            f"expected {(*codes.shape[:-1], codes.shape[-1] // BLOCK)}, one per {BLOCK} values"
+            f"expected {wanted}, one per {BLOCK} values"
         )
-    blocks = decode(codes).unflatten(-1, (-1, BLOCK)).to(torch.float64)
-    return (blocks * ue8m0.decode(scales).to(torch.float64)[..., None]).flatten(-2).to(dtype)
+    # Two significant bits times a power of two: float32 rounds no product, down to 0.5 * 2^-127. From 2^128 on it
+    # overflows, as bfloat16 does.
+    exact = torch.float64 if dtype is torch.float64 else torch.float32
+    every_byte = torch.arange(256, device=packed.device).to(torch.uint8)
+    pairs = decode(unpack(every_byte[:, None])).to(exact)  # [256, 2]
+    codes = packed.contiguous().view(torch.uint8).flatten().to(torch.int32)
+    blocks = pairs.index_select(0, codes).view(*wanted, BLOCK)  # [..., K / 32, 32]
+    return blocks.mul_(ue8m0.decode(scales).to(exact)[..., None]).flatten(-2).to(dtype)
+
+
+def _check_packed(packed: Tensor) -> None:
+    if packed.dtype not in (torch.uint8, torch.int8):
+        raise TypeError(f"packed: got {packed.dtype}, expected torch.uint8 or torch.int8")
+    if packed.dim() < 1:
+        raise ValueError("packed: got a scalar, expected at least one dimension")

@@ -30,7 +30,7 @@ from dsv4ref.formats import mxfp4
 from dsv4ref.ref import checkpoint_config
 from dsv4ref.ref.census import TensorSpec, census, is_quantised, scale_name, total_bytes
 from dsv4ref.ref.checkpoint_config import CheckpointError
-from dsv4ref.ref.projection import dequantise_weight_ref
+from dsv4ref.ref.projection import WEIGHT_BLOCK, dequantise_weight_ref
 
 __all__ = ["INDEX", "Checkpoint", "CheckpointError", "check_values", "dequantise", "inspect", "iter_tensors", "load"]
 
@@ -151,8 +151,19 @@ def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat1
 
     Returns:
         ``[N, K]`` of ``dtype``.
+
+    Raises:
+        TypeError: the dtypes are others.
+        ValueError: the shapes do not belong together.
     """
+    if weight.dtype not in (torch.float8_e4m3fn, torch.int8):
+        raise TypeError(f"weight: got {weight.dtype}, expected torch.float8_e4m3fn or torch.int8")
+    if scale.dtype is not torch.float8_e8m0fnu:
+        raise TypeError(f"scale: got {scale.dtype}, expected torch.float8_e8m0fnu")
     scale_bytes = scale.view(torch.uint8)
+    wanted = tuple(-(-n // WEIGHT_BLOCK) for n in weight.shape)
+    if weight.dtype is not torch.int8 and tuple(scale.shape) != wanted:
+        raise ValueError(f"scale: got shape {tuple(scale.shape)} for {tuple(weight.shape)} codes, expected {wanted}")
     if weight.dtype is torch.int8:
         return mxfp4.dequantise(weight, scale_bytes, dtype)
     return dequantise_weight_ref(weight, scale_bytes, dtype)

@@ -116,18 +116,20 @@ def head_ref(streams: Tensor, weights: Weights, model: Model) -> Tensor:
     return normed @ model.weights.matrix("head").T
 
 
-def check_tokens(token_ids: Tensor, position: int, config: ModelConfig) -> None:
+def check_tokens(token_ids: Tensor, position: int, config: ModelConfig, argument: str = "token_ids") -> None:
     """Token ids are a non-empty int64 or int32 ``[T]`` within the vocabulary, and T more fit the positions."""
+    if not isinstance(token_ids, Tensor):
+        raise TypeError(f"{argument}: got {type(token_ids).__name__}, expected a torch.Tensor of integers [T]")
     if token_ids.dtype not in (torch.int64, torch.int32) or token_ids.dim() != 1 or not token_ids.numel():
         raise ValueError(
-            f"token_ids: got {token_ids.dtype} {tuple(token_ids.shape)}, expected integers [T] with at least one token"
+            f"{argument}: got {token_ids.dtype} {tuple(token_ids.shape)}, expected integers [T] with at least one token"
         )
     outside = (token_ids < 0) | (token_ids >= config.vocab_size)
     if bool(outside.any()):
-        raise ValueError(f"token_ids: got {int(token_ids[outside][0])}, expected 0 to {config.vocab_size - 1}")
+        raise ValueError(f"{argument}: got {int(token_ids[outside][0])}, expected 0 to {config.vocab_size - 1}")
     if position + token_ids.shape[0] > config.max_position:
         raise ValueError(
-            f"token_ids: got {token_ids.shape[0]} tokens from position {position}, expected at most "
+            f"{argument}: got {token_ids.shape[0]} tokens from position {position}, expected at most "
             f"{config.max_position - position}: {config.name} has {config.max_position} positions"
         )
 
@@ -144,8 +146,9 @@ def forward_ref(model: Model, token_ids: Tensor, state: State | None = None) -> 
         `Output` with logits of every token, ``[T, V]``; and the state after the last.
 
     Raises:
-        ValueError: token ids outside the vocabulary, positions past the maximum, a state of another model, a cache that
-            is too small; always before any work.
+        ValueError: token ids outside the vocabulary, positions past the maximum, a state of another model or one whose
+            parts do not belong together, a cache that is too small; always before any work.
+        TypeError: token ids that are no tensor.
     """
     config = model.config
     state = model.new_sequence() if state is None else state
@@ -157,6 +160,7 @@ def forward_ref(model: Model, token_ids: Tensor, state: State | None = None) -> 
                 f"state: layer {layer} is made for ratio {layer_state.kind}, expected {config.ratio(layer)}"
             )
     check_tokens(token_ids, state.position, config)
+    state.check_rows(config)
     state.check_room(config, token_ids.shape[0])
 
     token_ids = token_ids.to(torch.int64)

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4ref.config import ModelConfig
+from dsv4ref.config import SWA, ModelConfig
 from dsv4ref.ref.model import Model, Output, block_ref, check_tokens, head_ref
 from dsv4ref.ref.norms import rms_norm_ref
-from dsv4ref.ref.state import LayerState, empty_layer
+from dsv4ref.ref.state import LayerState, State, empty_layer
 from dsv4ref.ref.weights import block_name
 
 __all__ = ["MtpState", "mtp_inputs_ref", "mtp_ref", "new_mtp_sequence"]
@@ -87,13 +87,19 @@ def mtp_ref(
         `Output` with logits of tokens t+2 ``[T, V]`` and streams ``[T, n, D]``; and the new state.
 
     Raises:
-        ValueError: no such block, or token ids or streams that do not fit.
+        ValueError: no such block, or token ids, streams or a state that do not fit; always before any work.
+        TypeError: token ids that are no tensor.
     """
     config: ModelConfig = model.config
     if not 0 <= block < config.n_mtp_layers:
         raise ValueError(f"block: got {block}, expected 0 to {config.n_mtp_layers - 1} for {config.name}")
     state = new_mtp_sequence(model) if state is None else state
-    check_tokens(next_token_ids, state.position, config)
+    check_tokens(next_token_ids, state.position, config, "next_token_ids")
+    if state.layer.kind != SWA:
+        raise ValueError(f"state: is made for ratio {state.layer.kind}, expected 0: MTP blocks do not compress")
+    window = State(state.position, (state.layer,))
+    window.check_rows(config)
+    window.check_room(config, next_token_ids.shape[0])
     wanted = (next_token_ids.shape[0], config.hc_mult, config.hidden_size)
     if tuple(streams.shape) != wanted:
         raise ValueError(f"streams: got shape {tuple(streams.shape)}, expected {wanted}")

@@ -1,8 +1,9 @@
 """What the reference rounds and quantises, as switches, so that structure and number formats can be tested apart.
 
 Arithmetic is done in ``Numerics.dtype`` throughout. ``STRUCTURE`` switches every format off: what is left is the
-function that the architecture defines, and what other implementations are compared with. The defaults follow
-DeepSeek's inference code where public implementations disagree; each field says which choice it is.
+function that the architecture defines, and what other implementations are compared with. ``DEEPSEEK`` makes every
+rounding of DeepSeek's code that has a switch. ``DEFAULT`` lies between them: the stored formats, and none of the four
+roundings that public implementations disagree about. The book's page on ambiguities says who does what.
 
 Source: DeepSeek-V4 inference/kernel.py, ``act_quant`` and ``fp4_act_quant`` (in-place quantise-dequantise).
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from dsv4ref.formats import fp8, mxfp4, ue8m0
 from dsv4ref.formats.fp8 import Dialect
 
-__all__ = ["DEFAULT", "STRUCTURE", "Numerics", "bf16_round_trip", "fp4_round_trip", "fp8_round_trip"]
+__all__ = ["DEEPSEEK", "DEFAULT", "STRUCTURE", "Numerics", "bf16_round_trip", "fp4_round_trip", "fp8_round_trip"]
 
 
 GEMM_BLOCK = 128
@@ -41,15 +42,18 @@ class Numerics:
         dtype: arithmetic type, float32 or float64. RoPE angles are float32 in both: they are part of the model.
         round_bf16: round activations to bfloat16 where DeepSeek's code stores bfloat16 tensors (outputs of linears,
             norms and rotations, residual streams, attention outputs). Probabilities inside attention, the indexer's
-            scale and everything from router logits to router weights stay unrounded.
+            scores and scale, and everything from router logits to router weights stay unrounded.
         quantise_kv: ``"fp8"`` passes the first head_dim - 64 dimensions of keys through FP8 with one UE8M0 scale per 64
             and rounds the rotary ones to bfloat16; the quantisation does round (an early DeepSeek revision did not).
         kv_dialect: the e4m3 dialect of ``quantise_kv``; FNUZ is scaled under 224.
         quantise_index: format of indexer queries and keys. ``"fp4"``: per 32, DeepSeek's. ``"fp8"``: per 128, vLLM's.
-            Scores are fp32 in every case (DeepSeek: bfloat16).
+            Scores are unrounded in every case (DeepSeek: bfloat16). There is no dialect to choose: under 448 and 224
+            the two hold the same values.
         hadamard: rotate indexer queries AND keys before quantising. Without quantisation it changes nothing.
-        quantise_linear_inputs: FP8 per 128 on the inputs of linears whose weights are stored in FP8.
-        quantise_expert_inputs: the same for routed experts; ``"none"`` is the bf16-activation path of Triton kernels.
+        quantise_linear_inputs: ``"fp8"``: per 128, on the inputs of linears whose weights are stored in FP8 (DeepSeek),
+            but for ``wo_a``, which reads bfloat16.
+        quantise_expert_inputs: the same for routed experts (DeepSeek); ``"none"`` is the bf16-activation path of Triton
+            kernels.
         weight_before_w2: multiply the router weight into the expert's activation, before ``w2`` (DeepSeek), not after.
         clamp_shared: the shared expert clamps like routed experts (an early DeepSeek revision did not).
         yarn_on_swa: YaRN-scale layers without compression too; a bug of one vLLM fork, never right.
@@ -100,7 +104,10 @@ class Numerics:
 
 
 DEFAULT = Numerics()
-"""DeepSeek's formats, as listed on `Numerics`."""
+"""bf16 activations, FP8 keys and FP4 indexer vectors; four of DeepSeek's roundings are off, see `DEEPSEEK`."""
+
+DEEPSEEK = Numerics(quantise_linear_inputs="fp8", quantise_expert_inputs="fp8", q_norm_bf16=True, round_pooled=True)
+"""Every rounding of DeepSeek's code that has a switch."""
 
 STRUCTURE = Numerics(
     round_bf16=False, quantise_kv="none", quantise_index="none", hadamard=False, weight_before_w2=False

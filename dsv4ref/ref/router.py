@@ -59,6 +59,9 @@ def route_learned_ref(logits: Tensor, bias: Tensor, router: RouterConfig) -> tup
 
     Returns:
         weights ``[T, k]`` that sum to route_scale, and experts int64 ``[T, k]``.
+
+    Raises:
+        ValueError: a router of another kind, or shapes and dtypes that do not belong together.
     """
     _expect(logits, bias, router, "sqrtsoftplus", grouped=False)
     scores = sqrt_softplus_ref(logits)
@@ -77,8 +80,18 @@ def route_hash_ref(logits: Tensor, table: Tensor, token_ids: Tensor, router: Rou
 
     Returns:
         weights ``[T, k]`` and experts int64 ``[T, k]``.
+
+    Raises:
+        ValueError: a router of another kind, shapes that do not belong together, or a token id outside the table.
     """
     _expect(logits, None, router, "sqrtsoftplus", grouped=False)
+    if tuple(token_ids.shape) != (logits.shape[0],):
+        raise ValueError(
+            f"token_ids: got shape {tuple(token_ids.shape)}, expected ({logits.shape[0]},) like the logits"
+        )
+    outside = (token_ids < 0) | (token_ids >= table.shape[0])
+    if bool(outside.any()):
+        raise ValueError(f"token_ids: got {int(token_ids[outside][0])}, expected 0 to {table.shape[0] - 1}")
     experts = table[token_ids].to(torch.int64)
     return _weights(sqrt_softplus_ref(logits), experts, router), experts
 
@@ -95,6 +108,9 @@ def route_grouped_ref(logits: Tensor, bias: Tensor, router: RouterConfig) -> tup
 
     Returns:
         weights ``[T, k]`` and experts int64 ``[T, k]``.
+
+    Raises:
+        ValueError: a router of another kind, or shapes and dtypes that do not belong together.
     """
     _expect(logits, bias, router, "sigmoid", grouped=True)
     assert router.n_groups is not None

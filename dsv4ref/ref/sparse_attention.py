@@ -33,6 +33,20 @@ def row_slots(scope: Scope, row: int) -> Tensor:
     return slots[(slots >= 0) & (slots < scope.cache.rows)]
 
 
+def _check(q: Tensor, scopes: Sequence[Scope], sink: Tensor | None) -> tuple[int, int, int]:
+    if q.dim() != 3 or q.shape[2] != kv_cache.HEAD_DIM:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, expected [T, H, {kv_cache.HEAD_DIM}]")
+    num_rows, num_heads, head_dim = q.shape
+    if not scopes:
+        raise ValueError("scopes: got none, expected one or two")
+    for number, scope in enumerate(scopes):
+        if scope.num_queries != num_rows:
+            raise ValueError(f"scopes[{number}]: got lists of {scope.num_queries} rows, expected {num_rows} like q")
+    if sink is not None and tuple(sink.shape) != (num_heads,):
+        raise ValueError(f"sink: got shape {tuple(sink.shape)}, expected ({num_heads},), one per head of q")
+    return num_rows, num_heads, head_dim
+
+
 def _row_keys(scopes: Sequence[Scope], row: int, dtype: torch.dtype) -> Tensor:
     """Dequantised keys of one query row over all scopes, ``[n, 512]``."""
     return torch.cat([kv_cache.gather(scope.cache, row_slots(scope, row), dtype) for scope in scopes])
@@ -52,8 +66,11 @@ def sparse_attention_ref(
 
     Returns:
         out ``[T, H, 512]`` and natural-log lse ``[T, H]``, both of ``dtype``.
+
+    Raises:
+        ValueError: no scope, or shapes that do not belong together.
     """
-    num_rows, num_heads, head_dim = q.shape
+    num_rows, num_heads, head_dim = _check(q, scopes, sink)
     out = q.new_zeros((num_rows, num_heads, head_dim), dtype=dtype)
     lse = q.new_full((num_rows, num_heads), float("-inf"), dtype=dtype)
     for t in range(num_rows):
@@ -74,9 +91,9 @@ def sparse_attention_plain(
 
     Same roundings as the kernels: bf16 keys, fp32 scores and sums, P rounded to bf16 before P @ V, bf16 output.
 
-    Args and shapes as `sparse_attention_ref`; returns out bf16 ``[T, H, 512]`` and lse fp32 ``[T, H]``.
+    Args, shapes and errors as `sparse_attention_ref`; returns out bf16 ``[T, H, 512]`` and lse fp32 ``[T, H]``.
     """
-    num_rows, num_heads, head_dim = q.shape
+    num_rows, num_heads, head_dim = _check(q, scopes, sink)
     out = q.new_zeros((num_rows, num_heads, head_dim), dtype=torch.bfloat16)
     lse = q.new_full((num_rows, num_heads), float("-inf"), dtype=torch.float32)
     for t in range(num_rows):

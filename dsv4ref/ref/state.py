@@ -180,6 +180,33 @@ class State:
     position: int
     layers: tuple[LayerState, ...]
 
+    def check_rows(self, config: ModelConfig) -> None:
+        """Every layer holds the rows that ``position`` tokens leave behind.
+
+        Raises:
+            ValueError: names the layer and its cache, the rows that it holds and those that were expected.
+        """
+        for layer, state in enumerate(self.layers):
+            oldest = max(0, self.position - config.window_size + 1)
+            if state.window.end != self.position or state.window.first > oldest:
+                raise ValueError(
+                    f"state: layer {layer}'s window holds rows {state.window.first} to {state.window.end - 1}, "
+                    f"expected {oldest} to {self.position - 1} at position {self.position}"
+                )
+            for name, rows in (("compressed", state.compressed), ("index_keys", state.index_keys)):
+                if rows is not None and rows.end != (entries := self.position // state.kind):
+                    raise ValueError(
+                        f"state: layer {layer}'s {name} cache holds {rows.end} entries, expected {entries} at position "
+                        f"{self.position}"
+                    )
+            for name, open_group in (("compressor", state.compressor), ("index_compressor", state.index_compressor)):
+                if open_group is not None:
+                    tokens = open_group.entries * state.kind + open_group.kv.shape[0]
+                    if tokens != self.position:
+                        raise ValueError(
+                            f"state: layer {layer}'s {name} has taken in {tokens} tokens, expected {self.position}"
+                        )
+
     def check_room(self, config: ModelConfig, tokens: int) -> None:
         """Every cache can take ``tokens`` more tokens.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsv4ref.config import ModelConfig
 from dsv4ref.formats import mxfp4
-from dsv4ref.ref.census import census, scale_name
+from dsv4ref.ref.census import census, is_quantised, scale_name
 from dsv4ref.ref.projection import WEIGHT_BLOCK, dequantise_weight_ref
 
 __all__ = ["Weights", "block_name", "check_weights", "weight_shapes"]
@@ -25,6 +25,7 @@ __all__ = ["Weights", "block_name", "check_weights", "weight_shapes"]
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 _BYTES = (torch.uint8, torch.int8)
 _E8M0 = torch.float8_e8m0fnu
+_NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,10 @@ def check_weights(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
 
     Raises:
         ValueError: names the first tensor that is missing, unknown or wrong, what it is and what was expected.
-        TypeError: a value is no tensor or a hash table is no integer tensor.
+        TypeError: a value is no tensor, a hash table is no integer tensor, or a tensor is quantised that the checkpoint
+            stores as numbers: nothing would apply its scale.
     """
-    expected = weight_shapes(config)
+    specs, expected = census(config), weight_shapes(config)
     scales: dict[str, tuple[int, ...]] = {}
     for name, shape in expected.items():
         if name not in tensors:
@@ -111,6 +113,12 @@ def check_weights(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"weights: {name!r} is a {type(tensor).__name__}, expected a torch.Tensor")
         stored = shape
+        if name.endswith(".tid2eid"):
+            _check_hash_table(name, tensor, shape, config)
+            continue
+        if tensor.dtype not in (*_NUMBERS, *(_FP8 + _BYTES if is_quantised(specs[name]) else ())):
+            formats = ", FP8 or packed FP4" if is_quantised(specs[name]) else ""
+            raise TypeError(f"weights: {name!r} is {tensor.dtype}, expected bfloat16 or wider floating point{formats}")
         if tensor.dtype in _FP8:
             scales[scale_name(name)] = tuple(-(-n // WEIGHT_BLOCK) for n in shape)
         elif tensor.dtype in _BYTES:
@@ -120,8 +128,6 @@ def check_weights(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"weights: {name!r} is {tensor.dtype} {list(tensor.shape)}, expected {list(stored)} for {config.name}"
             )
-        if name.endswith(".tid2eid"):
-            _check_hash_table(name, tensor, config.router.n_experts)
     for name, shape in scales.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             got = list(tensors[name].shape) if name in tensors else "nothing"
@@ -135,10 +141,13 @@ def check_weights(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"weights: {unknown[0]!r} and {len(unknown) - 1} more belong to no part of {config.name}")
 
 
-def _check_hash_table(name: str, table: Tensor, n_experts: int) -> None:
+def _check_hash_table(name: str, table: Tensor, shape: tuple[int, ...], config: ModelConfig) -> None:
     """Published tables are int64 where DeepSeek's module declares int32: both pass. Twice the same expert does not."""
     if table.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"weights: {name!r} is {table.dtype}, expected torch.int64 or torch.int32")
+    if tuple(table.shape) != shape:
+        raise ValueError(f"weights: {name!r} is {list(table.shape)}, expected {list(shape)} for {config.name}")
+    n_experts = config.router.n_experts
     outside = (table < 0) | (table >= n_experts)
     if bool(outside.any()):
         raise ValueError(f"weights: {name!r} names expert {int(table[outside][0])}, expected 0 to {n_experts - 1}")

@@ -112,6 +112,21 @@ def test_quantising_again_changes_nothing(rng: torch.Generator) -> None:
     assert not torch.equal(once, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_code_under_every_scale(dtype: torch.dtype) -> None:
+    """16 codes times 256 scale bytes: the exact product, rounded once where the result type does not hold it."""
+    codes = torch.arange(32, dtype=torch.uint8).remainder(16).expand(256, 32)
+    scales = torch.arange(256).to(torch.uint8)[:, None]
+    got = mxfp4.dequantise(mxfp4.pack(codes), scales, dtype)
+    assert torch.isnan(got[255]).all(), "byte 255 is NaN, whatever it multiplies"
+    signed = VALUES + [-value for value in VALUES]
+    exact = torch.tensor([[math.ldexp(v, b - 127) for v in signed] for b in range(255)], dtype=torch.float64)
+    want = exact.to(dtype).repeat(1, 2)
+    worst = (got[:255] != want).nonzero()[:1].tolist()
+    assert not worst, f"[byte, code] {worst[0]}: {got[tuple(worst[0])]}, expected {want[tuple(worst[0])]}"
+    assert torch.equal(torch.signbit(got[:255]), torch.signbit(want)), "-0 keeps its sign"
+
+
 def test_dequantised_values_are_exact_in_bfloat16(rng: torch.Generator) -> None:
     packed = torch.randint(0, 256, (8, 32), generator=rng).to(torch.uint8)
     scales = torch.randint(20, 230, (8, 2), generator=rng).to(torch.uint8)

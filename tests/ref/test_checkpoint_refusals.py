@@ -272,6 +272,25 @@ def test_shard_that_shrinks_while_it_is_read_is_an_error_and_load_returns_nothin
         list(tensors)
 
 
+@pytest.mark.parametrize(
+    ("weight", "scale", "error", "message"),
+    [
+        (torch.float8_e4m3fn, torch.ones(2, 1), TypeError, "scale: got torch.float32, expected torch.float8_e8m0fnu"),
+        (torch.bfloat16, torch.ones(2, 1), TypeError, "weight: got torch.bfloat16, expected torch.float8_e4m3fn or"),
+        (torch.float8_e4m3fn, torch.zeros(3, 1), ValueError, r"scale: got shape \(3, 1\) for \(130, 64\) codes"),
+        (torch.int8, torch.zeros(2, 1), ValueError, r"scales: got shape \(2, 1\) for \(130, 64\) packed bytes"),
+    ],
+)
+def test_scales_of_another_kind_are_refused(
+    weight: torch.dtype, scale: Tensor, error: type[Exception], message: str
+) -> None:
+    """fp32 scales seen as bytes would be four scales each, most of them plausible."""
+    if error is ValueError:
+        scale = scale.to(torch.uint8).view(torch.float8_e8m0fnu)
+    with pytest.raises(error, match=message):
+        checkpoint.dequantise(torch.zeros(130, 64).to(weight), scale)
+
+
 def test_bad_arguments_are_refused(written: Path) -> None:
     with pytest.raises(ValueError, match=r"dequantise_to: got torch.float16, expected None or one of torch.bfloat16"):
         iter_tensors(written, SMALL, dequantise_to=torch.float16)

@@ -15,7 +15,9 @@ from dsv4ref.ref.hyper_connections import collapse_ref, hc_post_ref, hc_pre_ref,
 from dsv4ref.ref.numerics import STRUCTURE
 from dsv4ref.ref.weights import Weights
 
-CONFIG = replace(tiny((0,)), hidden_size=32)
+# The two eps are 1e-6 in released models, and two different fields: here they cannot stand in for each other.
+NORM_EPS, HC_EPS = 0.3, 0.01
+CONFIG = replace(tiny((0,)), hidden_size=32, norm_eps=NORM_EPS, hc_eps=HC_EPS)
 D = CONFIG.hidden_size
 
 
@@ -32,19 +34,19 @@ def by_loops(
 ) -> tuple[list[float], list[float], list[list[float]]]:
     """pre, post and C of one token, with Python lists."""
     flat = [value for stream in x for value in stream]
-    rms = math.sqrt(math.fsum(v * v for v in flat) / len(flat) + 1e-6)
+    rms = math.sqrt(math.fsum(v * v for v in flat) / len(flat) + NORM_EPS)
     m = [math.fsum(a * b for a, b in zip(flat, row, strict=True)) / rms for row in fn]
-    pre = [1 / (1 + math.exp(-(m[i] * scale[0] + base[i]))) + 1e-6 for i in range(4)]
+    pre = [1 / (1 + math.exp(-(m[i] * scale[0] + base[i]))) + HC_EPS for i in range(4)]
     post = [2 / (1 + math.exp(-(m[4 + j] * scale[1] + base[4 + j]))) for j in range(4)]
     logits = [[m[8 + 4 * i + j] * scale[2] + base[8 + 4 * i + j] for j in range(4)] for i in range(4)]
     c = []
     for row in logits:
         top = [math.exp(v - max(row)) for v in row]
-        c.append([v / sum(top) + 1e-6 for v in top])
+        c.append([v / sum(top) + HC_EPS for v in top])
     for iteration in range(20):
         if iteration:
-            c = [[v / (sum(row) + 1e-6) for v in row] for row in c]
-        columns = [sum(c[i][j] for i in range(4)) + 1e-6 for j in range(4)]
+            c = [[v / (sum(row) + HC_EPS) for v in row] for row in c]
+        columns = [sum(c[i][j] for i in range(4)) + HC_EPS for j in range(4)]
         c = [[c[i][j] / columns[j] for j in range(4)] for i in range(4)]
     return pre, post, c
 
@@ -128,8 +130,8 @@ def test_ranges(rng: torch.Generator) -> None:
     pre, post, _ = hc_weights_ref(
         torch.randn((64, 4, D), generator=rng, dtype=torch.float64), *parameters(rng), config=CONFIG
     )
-    assert (pre >= 1e-6).all()
-    assert (pre <= 1 + 1e-6).all()
+    assert (pre >= HC_EPS).all()
+    assert (pre <= 1 + HC_EPS).all()
     assert (post >= 0).all()
     assert (post <= 2).all()
     assert post.max() > 1, "twice a sigmoid"
@@ -142,7 +144,7 @@ def test_collapse(rng: torch.Generator) -> None:
     got = collapse_ref(streams, weights, CONFIG, replace(STRUCTURE, dtype=torch.float64))
     for t in range(3):
         flat = streams[t].flatten()
-        m = (fn @ flat) / math.sqrt(flat.square().mean().item() + 1e-6)
-        pre = [1 / (1 + math.exp(-(m[i] * scale[0] + base[i]).item())) + 1e-6 for i in range(4)]
+        m = (fn @ flat) / math.sqrt(flat.square().mean().item() + NORM_EPS)
+        pre = [1 / (1 + math.exp(-(m[i] * scale[0] + base[i]).item())) + HC_EPS for i in range(4)]
         want = torch.stack([pre[i] * streams[t, i] for i in range(4)]).sum(dim=0)
         assert_close(got[t], want, 1e-12, f"token {t}")

@@ -6,7 +6,7 @@ Whether it computes the right thing is checked against transformers, in test_mod
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -17,9 +17,9 @@ from torch import Tensor
 from dsv4ref.config import ModelConfig
 from dsv4ref.formats import Dialect
 from dsv4ref.ref.model import Model, forward_ref
-from dsv4ref.ref.mtp import mtp_inputs_ref, mtp_ref, new_mtp_sequence
-from dsv4ref.ref.numerics import STRUCTURE, Numerics
-from dsv4ref.ref.state import State
+from dsv4ref.ref.mtp import MtpState, mtp_inputs_ref, mtp_ref, new_mtp_sequence
+from dsv4ref.ref.numerics import DEEPSEEK, DEFAULT, STRUCTURE, Numerics
+from dsv4ref.ref.state import State, empty_layer
 
 CONFIG = tiny((0, 4, 128), original_seq_len=256, swiglu_limit=0.7)
 COUNT = 262
@@ -153,11 +153,12 @@ def test_switches_that_must_not_change_anything() -> None:
     assert_close(prefill(replace(STRUCTURE, weight_before_w2=True)), prefill(), CLOSE)
 
 
-def test_the_defaults_are_deepseeks_choices() -> None:
-    numerics = model(Numerics()).numerics
-    assert Model(CONFIG, model().tensors).numerics == numerics
-    assert (numerics.quantise_kv, numerics.quantise_index, numerics.hadamard) == ("fp8", "fp4", True)
-    assert (numerics.clamp_shared, numerics.weight_before_w2, numerics.yarn_on_swa) == (True, True, False)
+def test_the_defaults_are_deepseeks_choices_but_for_four() -> None:
+    assert Model(CONFIG, model().tensors).numerics == DEFAULT == Numerics()
+    assert (DEFAULT.quantise_kv, DEFAULT.quantise_index, DEFAULT.hadamard) == ("fp8", "fp4", True)
+    assert (DEFAULT.clamp_shared, DEFAULT.weight_before_w2, DEFAULT.yarn_on_swa) == (True, True, False)
+    differ = {item.name for item in fields(Numerics) if getattr(DEEPSEEK, item.name) != getattr(DEFAULT, item.name)}
+    assert differ == {"quantise_linear_inputs", "quantise_expert_inputs", "q_norm_bf16", "round_pooled"}
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,11 @@ def test_the_defaults_are_deepseeks_choices() -> None:
 def test_bad_tokens_are_refused(ids: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         forward_ref(model(), ids)
+
+
+def test_tokens_in_a_list_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"token_ids: got list, expected a torch.Tensor of integers \[T\]"):
+        forward_ref(model(), [1, 2])  # type: ignore[arg-type]
 
 
 def test_positions_end_where_the_model_does() -> None:
@@ -192,6 +198,34 @@ def test_a_state_of_another_model_is_refused() -> None:
     shuffled = State(0, model().new_sequence().layers[::-1])
     with pytest.raises(ValueError, match="state: layer 0 is made for ratio 128, expected 0"):
         forward_ref(model(), tokens()[:2], shuffled)
+
+
+@pytest.mark.parametrize(
+    ("layer", "part", "message"),
+    [
+        (0, "window", "layer 0's window holds rows 2 to 129, expected 5 to 131 at position 132"),
+        (1, "compressed", "layer 1's compressed cache holds 32 entries, expected 33 at position 132"),
+        (1, "index_keys", "layer 1's index_keys cache holds 32 entries, expected 33"),
+        (2, "compressor", "layer 2's compressor has taken in 130 tokens, expected 132"),
+    ],
+)
+def test_a_state_put_together_from_two_moments_is_refused(layer: int, part: str, message: str) -> None:
+    """One cache of an earlier moment, or a position that no cache belongs to."""
+    _, before = in_chunks([130])
+    _, state = in_chunks([130, 2])
+    layers = list(state.layers)
+    layers[layer] = replace(layers[layer], **{part: getattr(before.layers[layer], part)})
+    with pytest.raises(ValueError, match=message):
+        forward_ref(model(), tokens()[132:134], State(132, tuple(layers)))
+    with pytest.raises(ValueError, match="layer 0's window holds rows 4 to 131, expected 0 to 29 at position 30"):
+        forward_ref(model(), tokens()[132:134], replace(state, position=30))
+
+
+def test_a_window_that_has_forgotten_too_much_is_refused() -> None:
+    _, state = in_chunks([132])
+    layers = (replace(state.layers[0], window=state.layers[0].window.forget(6)), *state.layers[1:])
+    with pytest.raises(ValueError, match="layer 0's window holds rows 6 to 131, expected 5 to 131 at position 132"):
+        forward_ref(model(), tokens()[132:134], State(132, layers))
 
 
 def test_wrong_weights_are_refused_when_the_model_is_made() -> None:
@@ -268,8 +302,12 @@ def test_mtp_bad_input_is_refused() -> None:
         mtp_ref(model(), tokens()[:3], streams, block=1)
     with pytest.raises(ValueError, match=r"streams: got shape \(2, 4, 128\), expected \(3, 4, 128\)"):
         mtp_ref(model(), tokens()[:3], streams[:2])
-    with pytest.raises(ValueError, match="token_ids: got 96, expected 0 to 95"):
+    with pytest.raises(ValueError, match="next_token_ids: got 96, expected 0 to 95"):
         mtp_ref(model(), torch.tensor([96, 0, 0]), streams)
+    with pytest.raises(ValueError, match="state: is made for ratio 4, expected 0"):
+        mtp_ref(model(), tokens()[:3], streams, MtpState(0, empty_layer(CONFIG, 4)))
+    with pytest.raises(ValueError, match="layer 0's window holds rows 0 to -1, expected 0 to 4 at position 5"):
+        mtp_ref(model(), tokens()[:3], streams, MtpState(5, empty_layer(CONFIG, 0)))
 
 
 def test_a_model_without_mtp_needs_no_mtp_weights() -> None:

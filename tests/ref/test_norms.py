@@ -46,3 +46,7 @@ def test_the_bf16_chain_is_bf16_and_close(rng: torch.Generator) -> None:
     assert torch.equal(chain, chain.to(torch.bfloat16).to(torch.float32))
     relative = ((chain - exact).abs() / exact.abs().clamp(min=1e-6)).max().item()
     assert 1e-4 < relative < 4 * 2**-8, "four roundings of 2^-9 each, some halved by the root"
+    # The same on a bfloat16 tensor, where torch rounds after every operation.
+    tensor = q.to(torch.bfloat16)
+    want = tensor * torch.rsqrt(tensor.square().mean(dim=-1, keepdim=True) + 1e-6)
+    assert_close(chain, want.float(), 0.0, "query [token, head, dimension]")

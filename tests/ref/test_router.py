@@ -72,6 +72,10 @@ def test_a_bias_in_bf16_would_choose_other_experts(rng: torch.Generator) -> None
     _, rounded = route_learned_ref(logits, bias.to(torch.bfloat16).float(), V4_FLASH.router)
     differ = (experts.sort(dim=1).values != rounded.sort(dim=1).values).any(dim=1)
     assert differ.float().mean() > 0.1
+    # Nor is the sum of score and bias rounded: fp32 chooses what float64 does.
+    exact = (torch.log1p(torch.exp(logits.double())).sqrt() + bias.double()).topk(6, dim=1).indices
+    wrong = (experts.sort(dim=1).values != exact.sort(dim=1).values).any(dim=1).nonzero().flatten().tolist()
+    assert not wrong, f"token {wrong[0]}: experts {experts[wrong[0]].tolist()}, in float64 {exact[wrong[0]].tolist()}"
 
 
 def test_ties_go_to_the_lower_expert() -> None:
@@ -147,5 +151,10 @@ def test_mismatched_arguments_are_refused() -> None:
         route_grouped_ref(torch.zeros(1, 10), torch.zeros(10), SMALL)
     with pytest.raises(ValueError, match=r"logits: got shape \(1, 9\), expected \[T, 10\]"):
         route_learned_ref(torch.zeros(1, 9), torch.zeros(9), SMALL)
+    table = torch.arange(30).view(10, 3) % 10
+    with pytest.raises(ValueError, match="token_ids: got -1, expected 0 to 9"):
+        route_hash_ref(torch.zeros(2, 10), table, torch.tensor([3, -1]), SMALL)
+    with pytest.raises(ValueError, match=r"token_ids: got shape \(1,\), expected \(2,\) like the logits"):
+        route_hash_ref(torch.zeros(2, 10), table, torch.tensor([3]), SMALL)
     with pytest.raises(ValueError, match=r"bias: got torch.bfloat16 \(10,\), expected torch.float32"):
         route_learned_ref(torch.zeros(1, 10), torch.zeros(10, dtype=torch.bfloat16), SMALL)

@@ -181,6 +181,20 @@ def test_the_plain_implementation_differs_by_bf16_roundings_only(dialect: Dialec
     assert error.max() > 0
 
 
+def test_mismatched_arguments_are_refused(rng: torch.Generator) -> None:
+    cache, q = filled(rng, 2), queries(rng, 2, 3)
+    scopes = [scope(cache, [[0], [1]])]
+    for attention in (sparse_attention_ref, sparse_attention_plain):
+        with pytest.raises(ValueError, match=r"q: got shape \(2, 3, 448\), expected \[T, H, 512\]"):
+            attention(q[..., :448], scopes, None, SCALE)
+        with pytest.raises(ValueError, match="scopes: got none"):
+            attention(q, [], None, SCALE)
+        with pytest.raises(ValueError, match=r"scopes\[1\]: got lists of 3 rows, expected 2 like q"):
+            attention(q, [*scopes, scope(cache, [[0], [1], [2]])], None, SCALE)
+        with pytest.raises(ValueError, match=r"sink: got shape \(2,\), expected \(3,\), one per head"):
+            attention(q, scopes, torch.zeros(2), SCALE)
+
+
 def test_extreme_scores_do_not_overflow(rng: torch.Generator) -> None:
     cache = filled(rng, 2)
     q = queries(rng, 1, 2) * 4096

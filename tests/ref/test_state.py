@@ -14,9 +14,10 @@ from dsv4ref.formats import Dialect, Scope, kv_cache
 from dsv4ref.formats.scope import ragged
 from dsv4ref.ref.attention import attend_row_ref
 from dsv4ref.ref.model import Model, forward_ref
+from dsv4ref.ref.mtp import MtpState, mtp_ref
 from dsv4ref.ref.numerics import Numerics
 from dsv4ref.ref.sparse_attention import sparse_attention_ref
-from dsv4ref.ref.state import PagedRows, PlainRows, Rows, State, empty_sequence, paged_sequence
+from dsv4ref.ref.state import PagedRows, PlainRows, Rows, State, empty_layer, empty_sequence, paged_sequence
 
 # Wide enough for the 584-byte cache, small in everything else.
 PAGED = replace(
@@ -82,6 +83,11 @@ def test_paged_caches_give_the_bits_of_the_simulated_format(dialect: Dialect) ->
         assert torch.equal(got.logits, want.logits), f"up to position {plain.position}"
     assert isinstance(pages.layers[1].compressed, PagedRows)
     assert pages.layers[1].compressed.end == 35
+    # Both dialects hold the same values: only the caches themselves can tell which they are in.
+    for layer in pages.layers:
+        assert isinstance(layer.window, PagedRows)
+        assert layer.window.cache.dialect is dialect
+        assert not isinstance(layer.compressed, PagedRows) or layer.compressed.cache.dialect is other
 
 
 def test_rows_are_what_a_kernels_scopes_would_name(rng: torch.Generator) -> None:
@@ -119,6 +125,14 @@ def test_a_cache_that_is_too_small_is_refused_before_any_work(chunk: int, messag
     assert all(torch.equal(cache, old) for cache, old in zip(caches, before, strict=True))
     output, _ = forward_ref(model, tokens[9:12], state)
     assert torch.isfinite(output.logits).all()
+
+
+def test_an_mtp_window_that_is_too_small_is_refused_before_any_work() -> None:
+    model, window = Model(PAGED, random_weights(PAGED, 5)), paged(1, 2)
+    before, streams = window.cache.data.clone(), torch.zeros(3, PAGED.hc_mult, PAGED.hidden_size)
+    with pytest.raises(ValueError, match="window cache has room for 2 rows, expected 3 for 3 more tokens"):
+        mtp_ref(model, random_tokens(PAGED, 3, 5), streams, MtpState(0, empty_layer(PAGED, 0, window=window)))
+    assert torch.equal(window.cache.data, before)
 
 
 def test_impossible_paged_sequences_are_refused() -> None:

@@ -55,10 +55,13 @@ def doubled_expert(tensors: dict[str, Any]) -> None:
     tensors["layers.0.ffn.gate.tid2eid"] = table
 
 
-def unknown_expert(tensors: dict[str, Any]) -> None:
-    table = tensors["layers.0.ffn.gate.tid2eid"].clone()
-    table[17, 2] = 16
-    tensors["layers.0.ffn.gate.tid2eid"] = table
+def unknown_expert(expert: int) -> Callable[[dict[str, Any]], None]:
+    def change(tensors: dict[str, Any]) -> None:
+        table = tensors["layers.0.ffn.gate.tid2eid"].clone()
+        table[17, 2] = expert
+        tensors["layers.0.ffn.gate.tid2eid"] = table
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -83,9 +86,10 @@ def unknown_expert(tensors: dict[str, Any]) -> None:
             r"'layers.1.attn.wkv.scale' is torch.float32, expected UE8M0",
         ),
         (doubled_expert, r"gives token 17 experts \[3, 1, 2, 5, 3, 0\], expected distinct"),
-        (unknown_expert, "names expert 16, expected 0 to 15"),
+        (unknown_expert(16), "names expert 16, expected 0 to 15"),
+        (unknown_expert(-1), "names expert -1, expected 0 to 15"),
     ],
-    ids=["missing", "unknown", "shape", "no scale", "unpacked", "scale dtype", "double", "expert id"],
+    ids=["missing", "unknown", "shape", "no scale", "unpacked", "scale dtype", "double", "expert id", "no expert"],
 )
 def test_wrong_weights_are_refused(
     change: Callable[[dict[str, Any]], None], message: str, tensors: dict[str, Tensor]
@@ -102,6 +106,34 @@ def test_types_are_checked(tensors: dict[str, Tensor]) -> None:
     table = tensors["layers.0.ffn.gate.tid2eid"].float()
     with pytest.raises(TypeError, match=r"is torch.float32, expected torch.int64 or torch.int32"):
         check_weights(CONFIG, tensors | {"layers.0.ffn.gate.tid2eid": table})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "scale"),
+    [
+        ("layers.1.ffn.gate", torch.zeros(16, 128, dtype=torch.float8_e4m3fn), torch.full((1, 1), 127)),
+        ("embed", torch.zeros(96, 128, dtype=torch.float8_e4m3fn), torch.full((1, 1), 127)),
+        ("layers.0.attn.q_norm", torch.zeros(32, dtype=torch.uint8), torch.full((2,), 127)),
+        ("layers.0.attn.compressor.wkv", torch.zeros(256, 128, dtype=torch.int32), None),
+        ("layers.0.attn.wq_a", torch.zeros(64, 128, dtype=torch.float8_e5m2), None),
+        ("layers.0.attn.wq_a", torch.zeros(64, 128, dtype=torch.int64), None),
+    ],
+    ids=["router", "embedding", "norm", "integers", "e5m2", "integers for a quantised one"],
+)
+def test_formats_that_would_be_read_without_their_scale_are_refused(
+    name: str, tensor: Tensor, scale: Tensor | None, tensors: dict[str, Tensor]
+) -> None:
+    bad = tensors | {f"{name}.weight": tensor}
+    if scale is not None:
+        bad[f"{name}.scale"] = scale.to(torch.uint8)
+    with pytest.raises(TypeError, match=rf"'{name}.weight' is {tensor.dtype}, expected bfloat16 or wider"):
+        check_weights(CONFIG, bad)
+
+
+def test_a_hash_table_of_another_size_is_refused(tensors: dict[str, Tensor]) -> None:
+    name = "layers.0.ffn.gate.tid2eid"
+    with pytest.raises(ValueError, match=rf"{name}' is \[95, 6\], expected \[96, 6\] for test"):
+        check_weights(CONFIG, tensors | {name: tensors[name][:95]})
 
 
 def test_reading_by_prefix(tensors: dict[str, Tensor]) -> None:
