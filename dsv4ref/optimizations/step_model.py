@@ -47,10 +47,13 @@ __all__ = [
     "distinct_experts",
     "fixed_bytes",
     "index_entry_bytes",
+    "launches",
     "prefill_tokens",
     "rows",
     "stage_of",
     "step_bound_us",
+    "total_bytes",
+    "total_flops",
 ]
 
 Rate = Literal["bf16", "fp8"]
@@ -273,7 +276,7 @@ class _Work:
 
 
 def rows(model: ModelConfig, tokens: Tokens, *, ep: int = 1) -> list[Row]:
-    """The step, stage by stage, in the order in which it runs.
+    """The step, stage by stage, in the order in which it runs; without a top-k where no entry is visible yet.
 
     Args:
         model: any V4 model.
@@ -300,7 +303,9 @@ def rows(model: ModelConfig, tokens: Tokens, *, ep: int = 1) -> list[Row]:
                 table = max(weights, key=lambda name: weights[name])  # embedding, or a layer's tid2eid
                 read = total - weights[table] + work.lines * weights[table] / model.vocab_size
             held = total / ep if stage == "routed_experts" else total
-            found.append(Row(stage, kind, layers, work.shape, work.flops, read, work.cache, work.activations, held))
+            row = Row(stage, kind, layers, work.shape, work.flops, read, work.cache, work.activations, held)
+            if row.bytes:
+                found.append(row)
     return found
 
 
@@ -459,6 +464,21 @@ def bound(row: Row, spec: DeviceSpec) -> Bound:
     if spec.bandwidth_tb_s is None or rate is None:
         raise ValueError(f"spec: {spec.key} has no published bandwidth or {STAGES[row.stage].rate} matrix rate")
     return Bound(row.bytes, row.flops, spec.bandwidth_tb_s * 1e12, rate * 1e12)
+
+
+def total_bytes(step: list[Row]) -> float:
+    """Bytes of a whole step."""
+    return sum(row.count * row.bytes for row in step)
+
+
+def total_flops(step: list[Row]) -> float:
+    """FLOPs of a whole step."""
+    return sum(row.count * row.flops for row in step)
+
+
+def launches(step: list[Row]) -> int:
+    """Launches of a step that runs every stage of every layer as one kernel."""
+    return sum(row.count for row in step)
 
 
 def step_bound_us(step: list[Row], spec: DeviceSpec) -> float:

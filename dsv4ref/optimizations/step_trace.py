@@ -135,7 +135,7 @@ class _Watch(TorchDispatchMode):
             stage = "embed"
         else:
             stage = self.stage
-        self.operators.append(Operator(stage, self.layer, name, kind, inputs, (outputs or [None])[0], flops))
+        self.operators.append(Operator(stage, self.layer, name, kind, inputs, outputs[0] if outputs else None, flops))
         return result
 
 
