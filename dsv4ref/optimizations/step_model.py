@@ -46,11 +46,13 @@ __all__ = [
     "decode_tokens",
     "distinct_experts",
     "fixed_bytes",
+    "group_times_us",
     "index_entry_bytes",
     "launches",
     "prefill_tokens",
     "rows",
     "stage_of",
+    "stage_times_us",
     "step_bound_us",
     "total_bytes",
     "total_flops",
@@ -484,6 +486,22 @@ def launches(step: list[Row]) -> int:
 def step_bound_us(step: list[Row], spec: DeviceSpec) -> float:
     """Sum of the stages' bounds in microseconds: what a step cannot beat if stages run one after another, unfused."""
     return sum(row.count * bound(row, spec).time_us for row in step)
+
+
+def stage_times_us(step: list[Row], spec: DeviceSpec) -> dict[str, float]:
+    """The bounds by stage, over all kinds of layers, in the order of the step."""
+    times: dict[str, float] = {}
+    for row in step:
+        times[row.stage] = times.get(row.stage, 0.0) + row.count * bound(row, spec).time_us
+    return times
+
+
+def group_times_us(step: list[Row], spec: DeviceSpec) -> dict[str, float]:
+    """The bounds by `Stage.group`; every group is there, in the order in which a step first meets it."""
+    times = dict.fromkeys((stage.group for stage in STAGES.values()), 0.0)
+    for stage, us in stage_times_us(step, spec).items():
+        times[STAGES[stage].group] += us
+    return times
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
