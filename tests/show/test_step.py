@@ -1,4 +1,4 @@
-"""The page of the step shows every stage and chapter, the bars show the model's figures, and both describe themselves."""
+"""The page of the step shows every stage and chapter, bars show the model's figures, both describe themselves."""
 
 from __future__ import annotations
 
