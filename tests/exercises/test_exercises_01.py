@@ -103,11 +103,10 @@ def test_sums_of_columns_tell_only_below_1e_5(after_five: StepInputs) -> None:
 # --- what the text says ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="the text speaks of torch 2.13")
 def test_pytorchs_counter_sees_no_flops_in_a_matrix_times_a_vector() -> None:
     with FlopCounterMode(display=False) as counter:
         torch.ones(4, 5) @ torch.ones(5)
-    if not torch.__version__.startswith("2.13"):
-        pytest.skip("the text speaks of torch 2.13")
     assert counter.get_total_flops() == 0
 
 
@@ -128,6 +127,24 @@ def test_a_single_row_has_about_a_thousand_launches_in_two_milliseconds() -> Non
     step = step_model.rows(V4_FLASH, decode_tokens(V4_FLASH, 1, 4096))
     assert 900 < step_model.launches(step) < 1100
     assert 1.9e3 < step_model.step_bound_us(step, get_device("mi300x")) < 2.3e3
+
+
+def test_four_fifths_of_every_bar_are_memory_and_arithmetic_binds_what_the_text_names() -> None:
+    bound_by_arithmetic: dict[str, set[int]] = {}
+    for key in ("mi300x", "mi355x", "h200"):
+        spec = get_device(key)
+        for rows in (1, 64, 1024):
+            for context in (1024, 32768, 1 << 20):
+                step = step_model.rows(V4_FLASH, decode_tokens(V4_FLASH, rows, context))
+                arithmetic = [row for row in step if step_model.bound(row, spec).side == "arithmetic"]
+                share = step_model.step_bound_us(arithmetic, spec) / step_model.step_bound_us(step, spec)
+                assert share < 0.2, (key, rows, context, share)
+                for row in arithmetic:
+                    bound_by_arithmetic.setdefault(row.stage, set()).add(rows)
+                    assert row.stage != "attention" or (key, context) == ("h200", 1 << 20)
+    assert all(rows == {1024} for stage, rows in bound_by_arithmetic.items() if stage != "attention")
+    assert {"wq_b", "wo_a", "wo_b", "lm_head", "shared_expert", "attention"} <= set(bound_by_arithmetic)
+    assert "routed_experts" not in bound_by_arithmetic
 
 
 def test_the_quiet_bugs_change_no_best_token_and_the_text_may_say_so() -> None:

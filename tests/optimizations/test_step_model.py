@@ -3,6 +3,7 @@ specification's."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import replace
 
@@ -122,7 +123,7 @@ def test_hadamard_is_the_one_product_that_the_model_leaves_out() -> None:
     for numerics in (STRUCTURE, Numerics()):
         model = random_model(V4_TINY, 0, numerics)
         state = forward_ref(model, token_ids[:2])[1]
-        operators = trace(lambda model=model, state=state: forward_ref(model, token_ids[2:], state))
+        operators = trace(functools.partial(forward_ref, model, token_ids[2:], state))
         flops[numerics] = sum(operator.flops for operator in operators)
     vectors = 3 * V4_TINY.index_n_heads + 1  # positions 2, 3, 4; an entry closes at 3
     assert flops[Numerics()] - flops[STRUCTURE] == V4_TINY.n_c4_layers * vectors * 2 * V4_TINY.index_head_dim**2

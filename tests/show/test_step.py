@@ -107,7 +107,7 @@ def test_bars_fill_the_whole_and_say_their_total() -> None:
     figure = step.time_bars(rows, "Flash")
     (ax,) = figure.axes
     for at in range(2):
-        drawn = [patch for container in ax.containers for patch in [container[at]]]  # type: ignore[index]
+        drawn = [patch for container in ax.containers for patch in [container[at]]]
         assert sum(patch.get_width() for patch in drawn) == pytest.approx(100)
     totals = [f"{sum(row['times'].values()) / 1e3:.3g} ms" for row in rows]
     assert [text.get_text() for text in ax.texts] == totals
