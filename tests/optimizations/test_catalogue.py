@@ -33,7 +33,8 @@ def test_a_chapter_says_where_it_stands_and_what_it_is_measured_on(id: str) -> N
     assert chapter.sources
     assert chapter.hazards, "a gate is shown failing"
     assert any(case.tiny for case in chapter.cases.values())
-    assert any(case.measured for case in chapter.cases.values())
+    # A chapter whose two sides are both the CPU reference times nothing, and no source of it can make a record stale.
+    assert any(case.measured for case in chapter.cases.values()) == bool(chapter.measured_modules)
     assert not any(case.tiny and case.needs_gpu for case in chapter.cases.values())
     for module in chapter.measured_modules:
         assert len(records.module_sha256(module)) == 64

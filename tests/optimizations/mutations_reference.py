@@ -1,0 +1,22 @@
+"""Bugs to plant in what the reference carries from one call to the next (chapter 01)."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+MUTATIONS = {
+    "entries counted from zero in every call": Mutation(
+        "dsv4ref/ref/compressor.py",
+        "entries=state.entries + closed,",
+        "entries=closed,",
+        cases=("decode_step/after-5",),
+        unaffected=("decode_step/after-3",),
+    ),
+    "place in the group counted from zero in every call": Mutation(
+        "dsv4ref/ref/compressor.py",
+        "place = (state.kv.shape[0] + torch.arange(x.shape[0])) % ratio",
+        "place = torch.arange(x.shape[0]) % ratio",
+        cases=("decode_step/after-5",),
+        unaffected=("decode_step/after-4",),
+    ),
+}
