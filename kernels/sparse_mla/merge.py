@@ -307,7 +307,7 @@ def _check_outputs(out: Tensor | None, lse: Tensor | None, inputs: dict[str, Ten
         if written is not None:
             checks.check_writable_rows(name, written)
             for other_name, other in inputs.items():
-                if other is not written:
+                if other_name != name:
                     checks.check_no_overlap(name, written, other_name, other)
 
 
