@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -31,7 +32,7 @@ def test_merging_the_parts_is_attention_over_the_whole(
     values = torch.randn((2, 13, 16), generator=rng, dtype=torch.float64)
     sink = torch.randn(3, generator=rng, dtype=torch.float64) if with_sink else None
     bounds = (0, *cuts, 13)
-    parts = [attention(scores[..., a:b], values[:, a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [attention(scores[..., a:b], values[:, a:b]) for a, b in itertools.pairwise(bounds)]
     out, lse = merge_scopes_ref(torch.stack([o for o, _ in parts]), torch.stack([part for _, part in parts]), sink)
     want, want_lse = attention(scores, values, sink)
     torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-14)
