@@ -432,7 +432,7 @@ OPTIMIZATION = Optimization(
             "sink's share of the whole row.",
             source="no report of this very bug; FlashMLA's combine and ROCm/vllm#900 apply it after the merge",
             ids=(),
-            case="tiny",
+            case="tiny-tp2",
             planted=_sink_in_each_scope,
         ),
         "base-2": Hazard(
@@ -459,7 +459,7 @@ OPTIMIZATION = Optimization(
             "every head loses about the same share.",
             source="no report of this very bug; DeepSeek-V4 inference/kernel.py has the sink unscaled",
             ids=(),
-            case="tiny",
+            case="tiny-tp2",
             planted=_sink_scaled,
         ),
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +26,12 @@ def build(rng: torch.Generator, device: str) -> Builder:
     return Builder(rng, device)
 
 
-def run(call: Call, **options: object) -> tuple[Tensor, Tensor]:
+def run(call: Call, **options: Any) -> tuple[Tensor, Tensor]:
     assert call.extra is not None
     with poisoned_allocations():
         out, lse = two_scope_decode(
             call.q, call.swa, call.extra, sink=call.sink, scale=call.scale, **{"return_lse": True, **options}
-        )  # type: ignore[arg-type]
+        )
     assert lse is not None
     return out, lse
 
@@ -154,15 +155,15 @@ def test_a_captured_call_follows_lists_that_change_between_replays(build: Builde
 # --- refusals: before the first launch -------------------------------------------------------------------------------
 
 
-def refused(call: Call, match: str, kind: type[Exception] = ValueError, **options: object) -> None:
+def refused(call: Call, match: str, kind: type[Exception] = ValueError, **options: Any) -> None:
     """The error comes, and the scratch is untouched: not even the first decode ran."""
     rows, heads = call.q.shape[:2]
     scratch = TwoScopeScratch.allocate(rows, heads, call.q.device)
     scratch.partials.fill_(7.0)
-    arguments = {"sink": call.sink, "scratch": scratch, "extra": call.extra, **options}
+    arguments: dict[str, Any] = {"sink": call.sink, "scratch": scratch, "extra": call.extra, **options}
     extra = arguments.pop("extra")
     with pytest.raises(kind, match=match):
-        two_scope_decode(call.q, call.swa, extra, **arguments)  # type: ignore[arg-type]
+        two_scope_decode(call.q, call.swa, extra, **arguments)
     assert (scratch.partials == 7.0).all(), "a decode was launched before the error"
 
 
