@@ -53,14 +53,6 @@ TOLERANCES = {
         yardstick_factor=None,
         reason="fp32 scores over 512 products and an exp2-based sum: 2^-13 relative, FlashMLA's own bound",
     ),
-    "cosine_999": Tolerance(
-        abs=float("inf"),
-        rel=0.0,
-        cosine=1e-3,
-        yardstick_factor=None,
-        reason="a direction and nothing else, as kernels are often accepted: cos > 0.999 over the whole tensor. A "
-        "common factor does not show, a wrong row among many hardly; to be asserted beside a budget only",
-    ),
     "matmul_bf16": Tolerance(
         abs=1e-3,
         rel=2.01 / 128,
