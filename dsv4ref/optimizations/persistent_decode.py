@@ -423,7 +423,7 @@ OPTIMIZATION = Optimization(
             title="rows without any key are not masked after the merge",
             story="Both LSEs are -inf, their merge is -inf, and the weights are exp(-inf - -inf) = NaN. The source "
             "asks the host whether a row is empty and masks it then; without the question the mask has to be there.",
-            source="ROCm/vllm#900, review; vllm#41601",
+            source="vllm#28181 and vllm#39148 (vLLM's own merge kernels); flashinfer#4051",
             ids=("H16",),
             case="tiny-ragged",
             planted=_empty_rows_not_masked,
@@ -441,7 +441,7 @@ OPTIMIZATION = Optimization(
             title="an empty scope's partial and LSE are those of the step before",
             story="In a scratch kept between steps an early return leaves a finite LSE beside a finite partial. "
             "Nothing is NaN, and no merge can tell it from a result.",
-            source="AITER pa_decode_sparse at e4048607a leaves empty rows unwritten with one split; vllm#46408",
+            source="vllm#49294 (a finite LSE for empty rows); AITER pa_decode_sparse at e4048607a (one split)",
             ids=("H12",),
             case="tiny-gaps",
             planted=_nothing_written_for_empty_rows,

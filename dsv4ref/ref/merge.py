@@ -13,15 +13,16 @@ two scopes of a layer, from splits of a row's keys, or from earlier merges (with
 
 Ends of the range:
 
-* An LSE of -inf is an empty part. So is +inf, which is how FlashMLA reports a row without keys; a merge has no other
-  use for it. A producer that returns +inf for a row *with* keys has lost that part, and no merge can bring it back.
+* An LSE of -inf is an empty part. So is +inf, which is how FlashAttention 2 and FlashMLA report a row without keys; a
+  merge has no other use for it. A producer that returns +inf for a row *with* keys has lost that part, and no merge
+  can bring it back.
 * A part of weight 0 contributes nothing, whatever it holds: the term is masked and not only the weight (0 x NaN).
 * All parts empty: o = 0 exactly, with or without a sink, and lse = -inf.
 * A sink of -inf has no effect; +inf takes all the weight, o = 0. Neither changes lse.
 * NaN therefore comes out only where a part of non-zero weight, an LSE or the sink is NaN.
 
 Source: FlashMLA's combine (empty splits); vLLM's merge_attn_states (+inf counts as -inf); AITER's mla reduce (masks the
-term); hazard H16.
+term); vllm#28181 and flashinfer#4051 (all parts empty); hazard H16.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ HEADS_PER_PROGRAM = 4
 WARPS = 4
 MAX_PARTS = 16
 """Parts one launch merges. Their number is compiled in, so that the loads of all parts are in flight at once, which
-takes registers: no spills up to 32 parts, but one wave per SIMD instead of two to eight; 64 would spill."""
+takes registers: 16 fp32 parts leave two waves per SIMD on gfx942, 32 leave one, and 64 spill (Triton 3.7.1)."""
 
 _PAIRS = ROPE_DIM // 2
 
@@ -47,7 +47,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _load_lse(lses, live):
-    """Natural LSEs of one part; +inf, FlashMLA's mark of a row without keys, becomes -inf."""
+    """Natural LSEs of one part; +inf, as some kernels mark a row without keys, becomes -inf."""
     value = tl.load(lses, mask=live, other=float("-inf"))
     return tl.where(value == float("inf"), float("-inf"), value)
 
