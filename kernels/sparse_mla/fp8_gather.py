@@ -105,11 +105,11 @@ class GatherBuffer:
         width, dtype = _VALUES[self.kind]
         kept = self.kind is Kind.SCALES_KEPT
         checks.check_tensor("values", self.values, dtype=dtype, shape=("capacity", width), contiguous=True)
-        same = {"device": self.values.device, "contiguous": True}
-        shape = (self.capacity, SCALE_SLOTS if kept else 1)
-        checks.check_tensor("tags", self.tags, dtype=torch.uint8, shape=shape, **same)
+        where, shape = self.values.device, (self.capacity, SCALE_SLOTS if kept else 1)
+        checks.check_tensor("tags", self.tags, dtype=torch.uint8, shape=shape, device=where, contiguous=True)
         if kept:
-            checks.check_tensor("rope", self.rope, dtype=torch.bfloat16, shape=(self.capacity, ROPE_DIM), **same)
+            shape = (self.capacity, ROPE_DIM)
+            checks.check_tensor("rope", self.rope, dtype=torch.bfloat16, shape=shape, device=where, contiguous=True)
         elif self.rope is not None:
             raise ValueError(f"rope: got a tensor, expected None for {self.kind.value} rows, which hold rope in values")
 

@@ -21,7 +21,7 @@ from dsv4ref.formats.kv_cache import HEAD_DIM
 from dsv4ref.kernels import checks
 from dsv4ref.kernels.codes import _decode_codes, _decode_scales, architecture, decode_mode
 from dsv4ref.kernels.sparse_mla.decode import _check_output
-from dsv4ref.kernels.sparse_mla.fp8_gather import GatheredScope, Kind
+from dsv4ref.kernels.sparse_mla.fp8_gather import GatheredScope
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape
 
 __all__ = ["GATHERED_LAUNCH", "gathered_launch", "sparse_mla_decode_gathered"]
@@ -310,9 +310,7 @@ def _check_call(
     return num_rows, num_heads
 
 
-def _input_memory(
-    q: Tensor, swa: GatheredScope, extra: GatheredScope | None, sink: Tensor | None
-) -> dict[str, Tensor]:
+def _input_memory(q: Tensor, swa: GatheredScope, extra: GatheredScope | None, sink: Tensor | None) -> dict[str, Tensor]:
     """Every tensor the kernel reads, by the name an error should give it."""
     inputs = {"q": q}
     if sink is not None:
