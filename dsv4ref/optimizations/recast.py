@@ -22,7 +22,7 @@ from dsv4ref.optimizations.decode_inputs import DecodeInputs
 from dsv4ref.optimizations.fp8_gather import WAYS, attend, read_rows
 from dsv4ref.ref.sparse_attention import sparse_attention_ref
 
-__all__ = ["CLASSES", "accuracy_rows", "class_rows", "recast_classes", "rounding_rows"]
+__all__ = ["CLASSES", "accuracy_rows", "class_rows", "one_row", "recast_classes", "rounding_rows"]
 
 CLASSES = ("exact", "rounded", "flushed to zero", "saturated", "NaN")
 """What becomes of a number; `recast_classes` returns positions in this list."""
@@ -126,7 +126,7 @@ def accuracy_rows(
     """
     rows = []
     for exponent in exponents:
-        scope, inputs = _sized(exponent, spread, Dialect.of(dialect), where, seed)
+        scope, inputs = one_row(exponent, where=where, spread=spread, dialect=dialect, seed=seed)
         oracle, _ = sparse_attention_ref(inputs.q, inputs.scopes, inputs.sink, inputs.scale)
         gathered = {way: gather(scope, scope.cache.dialect) for way, gather in WAYS.items()}
         held, recast = (read_rows(gathered[way])[:, :NOPE_DIM] for way in ("bf16 rows", "unit scale"))
@@ -137,7 +137,16 @@ def accuracy_rows(
     return rows
 
 
-def _sized(exponent: int, spread: int, dialect: Dialect, where: str, seed: int) -> tuple[Scope, DecodeInputs]:
+def one_row(
+    exponent: int, *, where: str, spread: int = 0, dialect: Dialect = Dialect.FN, seed: int = 0
+) -> tuple[Scope, DecodeInputs]:
+    """The attention that `accuracy_rows` runs, for one size of the keys.
+
+    Args: as `accuracy_rows`, for one exponent.
+
+    Returns:
+        the scope of 32 keys, and the inputs that hold it.
+    """
     generator = torch.Generator().manual_seed(seed)
     kv = torch.randn((_KEYS, HEAD_DIM), generator=generator) * 2.0**exponent
     lower = torch.randint(0, spread + 1, (_KEYS, SCALE_COUNT), generator=generator)

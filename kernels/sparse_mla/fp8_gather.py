@@ -12,7 +12,7 @@ and 128 bytes. Rope stays bf16, because it was never quantised. The validity byt
 Rows of slots that are none hold zeros and validity 0; a zero key is still a key, so the consumer must look.
 
 Reference: `dsv4ref.formats.kv_cache.gather`. Layout of the source: `dsv4ref.formats.kv_cache`.
-Source of the unit-scale format, kept for comparison: ROCm/vllm#900 (gather to bf16, then a cast to FP8).
+Source of the unit-scale format, kept for comparison: ROCm/vllm#900 (dequantised to bf16, then cast to FP8).
 """
 
 from __future__ import annotations
