@@ -441,7 +441,7 @@ def _requests(arch: str) -> tuple[CompileRequest, ...]:
 def _gather_request(function: str, label: str, signature: dict[str, str], constexprs: dict[str, Any]) -> CompileRequest:
     pointers = {name for name, kind in signature.items() if kind.startswith("*")}
     return CompileRequest(
-        kernel="gather",
+        kernel="gather_rows",
         module="dsv4ref.kernels.sparse_mla.fp8_gather",
         function=function,
         shape=f"{label} x{GATHER_ROWS} w4 s1",

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4ref import diagnostics
 from dsv4ref.formats.kv_cache import HEAD_DIM
 from dsv4ref.kernels import checks
 from dsv4ref.kernels.codes import _decode_codes, _decode_scales, architecture, decode_mode
@@ -42,8 +43,8 @@ GATHERED_LAUNCH = {
     "gfx950": LaunchShape(32, 16, 8),
     "sm_90": LaunchShape(64, 64, 8),
 }
-"""One launch shape per architecture. gfx942's and gfx950's are chosen by their ISA, sm_90's is the paged decode's;
-none of them has been timed."""
+"""One launch shape per architecture, none of them timed. sm_90's is the paged decode's. gfx942's and gfx950's are chosen
+by their ISA: no spills over rows in the dialect that the architecture converts, nor over scales-kept rows in either."""
 
 
 def gathered_launch(arch: str) -> LaunchShape:
@@ -244,6 +245,10 @@ def sparse_mla_decode_gathered(
         raise TypeError(f"launch: got {type(launch).__name__}, expected a LaunchShape")
     arch = architecture(q.device)
     launch = launch or gathered_launch(arch)
+    diagnostics.record(
+        "sparse_mla_decode_gathered", q=q, out=out, rows=swa.buffer.kind.value, swa_width=swa.width,
+        extra_width=extra.width if extra is not None else 0, launch=str(launch),
+    )  # fmt: skip
     if num_rows == 0:
         return out, lse
 
