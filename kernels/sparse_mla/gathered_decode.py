@@ -43,8 +43,9 @@ GATHERED_LAUNCH = {
     "gfx950": LaunchShape(32, 16, 8),
     "sm_90": LaunchShape(64, 64, 8),
 }
-"""One launch shape per architecture, none of them timed. sm_90's is the paged decode's. gfx942's and gfx950's are chosen
-by their ISA: no spills over rows in the dialect that the architecture converts, nor over scales-kept rows in either."""
+"""One launch shape per architecture, none of them timed. sm_90's is the paged decode's. gfx942's and gfx950's are
+chosen by their ISA: no spills over rows in the dialect that the architecture converts, nor over scales-kept rows in
+either."""
 
 
 def gathered_launch(arch: str) -> LaunchShape:
