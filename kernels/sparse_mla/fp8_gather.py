@@ -239,12 +239,12 @@ def _gather_scaled_kernel(
     scale_at = block + BLOCK_SIZE * _ROW_BYTES + position * _SCALE_SLOTS
     scale = tl.load(scale_at[:, None] + groups[None, :], mask=valid[:, None] & is_scale, other=127).to(tl.int32)
 
-    # Codes stay and scale bytes move by one; -0 and NaN trade places, +-240 has no OCP partner and becomes NaN.
+    # Codes stay and scale bytes move by one, but for -0 and the NaN codes; +-240 are OCP's NaN as they stand.
     if CONVERT == "to_fnuz":
         code = tl.where(code == 0x80, 0, tl.where((code & 0x7F) == 0x7F, 0x80, code)).to(tl.uint8)
         scale = tl.minimum(scale + 1, 255)
     elif CONVERT == "to_fn":
-        code = tl.where((code == 0x80) | ((code & 0x7F) == 0x7F), 0x7F, code).to(tl.uint8)
+        code = tl.where(code == 0x80, 0x7F, code).to(tl.uint8)
         scale = tl.where(scale == 255, 255, tl.maximum(scale - 1, 0))
     else:
         tl.static_assert(CONVERT == "none")

@@ -78,6 +78,12 @@ def test_caches_and_rows_in_any_dialect(kind: Kind, target: Dialect, build: Buil
     call.check(*run(call, gathered(call, kind, target)))
 
 
+def test_the_rows_of_two_scopes_are_read_each_in_its_own_dialect(build: Builder) -> None:
+    call = build.small()
+    scopes = [gathered(call, Kind.SCALES_KEPT, FNUZ)[0], gathered(call, Kind.SCALES_KEPT, FN)[1]]
+    call.check(*run(call, scopes))
+
+
 @EXACT
 def test_lists_with_holes_empty_rows_and_duplicates(kind: Kind, build: Builder) -> None:
     swa = [[3, -1, 9], [], [5, 5, INT_MAX, 1], [-1, -2], [], *build.lists([17, 33], 64)]
@@ -153,6 +159,7 @@ def test_rows_without_validity_are_not_keys_whatever_they_hold(kind: Kind, build
     call = build.call([[3, -1, 9, -1], [-1]], [[-1, 7], [5]])
     scopes = gathered(call, kind)
     want = run(call, scopes)
+    assert torch.isfinite(want[0]).all(), "rows past the lists are NaN from the start"
     for scope in scopes:
         rows = scope.buffer
         none = rows.valid == 0
@@ -249,7 +256,7 @@ def test_bad_arguments_are_named(
 ) -> None:
     call = build.small()
     scopes = gathered(call, Kind.SCALES_KEPT)
-    fields = {"q": call.q, "swa": scopes[0], "extra": scopes[1], "sink": call.sink}
+    fields: dict[str, Any] = {"q": call.q, "swa": scopes[0], "extra": scopes[1], "sink": call.sink}
     fields[argument] = change(call, scopes)
     with pytest.raises(error, match=re.escape(message)):
         sparse_mla_decode_gathered(fields.pop("q"), fields.pop("swa"), fields.pop("extra"), **fields)
