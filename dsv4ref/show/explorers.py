@@ -11,11 +11,18 @@ from dsv4ref import config
 from dsv4ref.device import get_device
 from dsv4ref.formats import Dialect, fp8, ue8m0
 from dsv4ref.kernels.sparse_mla.launch import PUBLISHED, STATIC, LaunchShape, choose, select_launch
-from dsv4ref.optimizations import catalogue, decode_model
+from dsv4ref.optimizations import catalogue, decode_model, recast
 from dsv4ref.optimizations.base import Case
 from dsv4ref.show import panels
 
-__all__ = ["byte_explorer", "launch_explorer", "output_explorer", "projection_explorer", "value_explorer"]
+__all__ = [
+    "byte_explorer",
+    "launch_explorer",
+    "output_explorer",
+    "projection_explorer",
+    "recast_explorer",
+    "value_explorer",
+]
 
 _SHAPES = (LaunchShape(32, 16, 4), LaunchShape(64, 16, 8), LaunchShape(64, 64, 8))
 
@@ -81,6 +88,20 @@ def projection_explorer(rows: int = 256, model: str = "v4-flash", device: str = 
         "product alone": p.least_bytes / 1e6,
     }
     return panels.bars(items, title=f"Traffic of wo_a per layer and step, {model}, {rows} tokens", unit="MB")
+
+
+def recast_explorer(exponent: int = -6, dialect: str = "e4m3fn", cast: str = "clamped") -> str:
+    """What becomes of a block's codes under one scale when its numbers are cast back to FP8 with scale 1.
+
+    Args:
+        exponent: of the block's scale, -127 to 127.
+        dialect: "e4m3fn" or "e4m3fnuz", of the codes read and written.
+        cast: "clamped", or "bare" for torch's own cast.
+    """
+    (row,) = recast.class_rows(Dialect.of(dialect), [exponent], clamp=cast == "clamped")
+    items = {name: row[name] for name in recast.CLASSES}
+    title = f"{dialect}, scale 2^{exponent} dropped, {cast} cast: all codes that are numbers"
+    return panels.bars(items, title=title, unit="%", limit=100.0)
 
 
 _FIELDS = (("sign", 1, "#CC79A7"), ("exponent", 4, "#E69F00"), ("mantissa", 3, "#56B4E9"))
