@@ -1,0 +1,1 @@
+"""What a decode step does on the host: metadata, scratch, graph capture, the engine."""
