@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4ref.kernels.aiter.library import Library
+from dsv4ref.kernels.aiter.library import Library, load_aiter, unavailable
 from dsv4ref.kernels.aiter.plan import DecodeShape, PlanBuffers, check_plan
 from dsv4ref.kernels.capture import is_capturing
 from dsv4ref.kernels.checks import check_tensor
 
-__all__ = ["NAME", "EmulatedAiter", "emulated_library"]
+__all__ = ["NAME", "EmulatedAiter", "emulated_library", "library_for"]
 
 NAME = "emulation of AITER's persistent decode"
 _CHUNK = 64  # rows of work per matrix product: bounds the gathered keys
@@ -60,6 +60,20 @@ def emulated_library(arch: str = "gfx950", *, compute_units: int = 8, strict: bo
     if compute_units < 1:
         raise ValueError(f"compute_units: got {compute_units}, expected at least 1")
     return Library(NAME, EmulatedAiter(compute_units, strict=strict), arch, compute_units, emulated=True)
+
+
+def library_for(device: torch.device | str) -> Library:
+    """The library that chapters run on a device: genuine AITER on an AMD GPU that has it, the emulation elsewhere.
+
+    Which of the two it is stands in its name. Where AITER is installed and does not import, that is an error, not a
+    reason to emulate.
+
+    Raises:
+        AiterUnavailableError: AITER is there, and its import fails.
+    """
+    if torch.device(device).type == "cuda" and unavailable() is None:
+        return load_aiter()
+    return emulated_library()
 
 
 @dataclass(frozen=True)
