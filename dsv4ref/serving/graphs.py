@@ -141,7 +141,8 @@ class EmulatedGraph:
     Memory that existed before the capture is remembered by address only; memory made during it belongs to the graph.
     Host values are frozen. Operators that read the device from the host, or whose result's size depends on values,
     cannot be recorded, as on a GPU. Random numbers are replayed with fresh draws, and `Tensor.tolist` on a CPU is
-    invisible to the recorder; neither belongs into captured work.
+    invisible to the recorder; neither belongs into captured work. Memory counts as freed once Python has let go of it:
+    Triton's interpreter leaves the arguments of a launch in a reference cycle, which `gc.collect` resolves.
 
     Args:
         fn: as in `capture`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from dsv4ref.evidence.allocations import count_allocations
 from dsv4ref.evidence.launches import count_launches
 from dsv4ref.kernels.aiter.emulation import emulated_library, library_for
 from dsv4ref.optimizations import catalogue
-from dsv4ref.optimizations.graph_clean_scratch import CachedPlan, ScratchInputs
+from dsv4ref.optimizations.graph_clean_scratch import CachedPlan, ScratchInputs, _walk
 from dsv4ref.serving.graphs import EmulatedGraph, FreedMemoryError
 from dsv4ref.serving.scratch import Scratch
 
@@ -78,9 +80,7 @@ def test_the_strict_emulation_names_the_row_of_a_kept_plan() -> None:
     with pytest.raises(
         ValueError, match="plan: work row 1 reads entries 64 to 66 of batch 1, whose list is 64 to 65 now"
     ):
-        for step in inputs.steps:
-            scratch.refresh(step.q, step.indices, step.lengths, inputs.slots)
-            scratch.decode(inputs.cache, 0.1, return_lse=False)
+        list(_walk(inputs, lambda shape: scratch))
 
 
 def test_a_graph_over_a_scratch_that_was_rebuilt_reads_freed_memory() -> None:
@@ -91,6 +91,7 @@ def test_a_graph_over_a_scratch_that_was_rebuilt_reads_freed_memory() -> None:
     graph = EmulatedGraph(lambda: scratch.prepare(step.q, step.indices, step.lengths, inputs.slots))
     graph.replay()
     scratch.rebuild()
+    gc.collect()
     with pytest.raises(FreedMemoryError, match=r"operation 0 \(_pack_lists_kernel\) reads torch\.int32"):
         graph.replay()
 
