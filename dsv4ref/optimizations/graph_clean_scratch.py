@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from dsv4ref.optimizations.base import Case, Hazard, Optimization, Prediction
 from dsv4ref.serving.graphs import Graph, capture
 from dsv4ref.serving.scratch import Scratch, Scratches
 
-__all__ = ["OPTIMIZATION", "CachedPlan", "ScratchInputs", "Step", "allocated", "compile_request"]
+__all__ = ["OPTIMIZATION", "CachedPlan", "ScratchInputs", "Step", "allocated", "compile_request", "placements"]
 
 SCALE = HEAD_DIM**-0.5
 _HEADS = 16  # planned without folding on both architectures, so that a plan's rows are the batch's
@@ -219,16 +220,14 @@ def _replayed(inputs: ScratchInputs) -> Tensor:
         shape = inputs.shape(step)
         scratch = scratches.at(shape)
         if shape not in graphs:
-            # Captured on other lengths than any it will see: none.
-            mine = Step(step.q.clone(), step.indices.clone(), torch.zeros_like(step.lengths))
-            held[shape] = mine
+            mine = held[shape] = _cloned(step)
+            mine.lengths.zero_()  # captured on other lengths than any it will replay
 
             def work(scratch: Scratch = scratch, mine: Step = mine) -> None:
                 _scratch_step(inputs, scratch, mine)
 
             graphs[shape] = capture(work, device=inputs.cache.device)
-        for name in ("q", "indices", "lengths"):
-            getattr(held[shape], name).copy_(getattr(step, name))
+        _load(held[shape], step)
         graphs[shape].replay()
         out.append(scratch.out.flatten().clone())
     return torch.cat(out)
@@ -253,6 +252,76 @@ def _reference(inputs: ScratchInputs) -> dict[str, Tensor]:
         "keys": torch.tensor(keys, dtype=torch.int32),
         "moved": torch.zeros(len(inputs.steps), dtype=torch.int32),
     }
+
+
+def placements(inputs: ScratchInputs) -> list[dict[str, Any]]:
+    """Where the buffers come from, and where the refresh runs: which of the four does a graph follow?
+
+    Args:
+        inputs: the graph is captured on the first step and replayed on the last, which must have the same shape.
+
+    Returns:
+        Rows ``{buffers, refresh, right}``; right means the last step's output, in every bit.
+    """
+    right = _allocating_step(inputs, inputs.steps[-1])["out"]
+    rows = []
+    for new, inside in itertools.product((False, True), repeat=2):
+        now = _cloned(inputs.steps[0])
+        before, captured = _placed(inputs, now, new=new, inside=inside)
+        before()
+        graph = capture(captured, device=inputs.cache.device, warmup=0)
+        _load(now, inputs.steps[-1])
+        before()
+        graph.replay()
+        rows.append(
+            {
+                "buffers": "new each step" if new else "one scratch",
+                "refresh": "in the graph" if inside else "by the host, before the replay",
+                "right": torch.equal(graph.outputs, right),
+            }
+        )
+    return rows
+
+
+def _placed(
+    inputs: ScratchInputs, now: Step, *, new: bool, inside: bool
+) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+    """What the host does before each replay, and what is captured."""
+    held: list[Scratch] = []  # never freed: this is about addresses, not about what becomes of freed memory
+
+    def build() -> None:
+        if new or not held:
+            held.append(Scratch(inputs.library, inputs.shape(now), inputs.cache.device))
+            held[-1].rebuild()
+
+    def refresh() -> None:
+        build()
+        held[-1].refresh(now.q, now.indices, now.lengths, inputs.slots)
+
+    def decode() -> Tensor:
+        held[-1].decode(inputs.cache, SCALE, return_lse=False)
+        return held[-1].out
+
+    def whole_step() -> Tensor:
+        if new:
+            return _allocating_step(inputs, now)["out"]
+        held[-1].refresh(now.q, now.indices, now.lengths, inputs.slots)
+        return decode()
+
+    if not inside:
+        return refresh, decode
+    return (lambda: None) if new else build, whole_step
+
+
+def _cloned(step: Step) -> Step:
+    return Step(step.q.clone(), step.indices.clone(), step.lengths.clone())
+
+
+def _load(target: Step, step: Step) -> None:
+    """Copy a step's inputs to where a graph reads them."""
+    target.q.copy_(step.q)
+    target.indices.copy_(step.indices)
+    target.lengths.copy_(step.lengths)
 
 
 def _timed(inputs: ScratchInputs) -> Mapping[str, Callable[[], object]]:

@@ -11,7 +11,7 @@ from dsv4ref.evidence.allocations import count_allocations
 from dsv4ref.evidence.launches import count_launches
 from dsv4ref.kernels.aiter.emulation import emulated_library, library_for
 from dsv4ref.optimizations import catalogue
-from dsv4ref.optimizations.graph_clean_scratch import CachedPlan, ScratchInputs, _walk
+from dsv4ref.optimizations.graph_clean_scratch import CachedPlan, ScratchInputs, _walk, placements
 from dsv4ref.serving.graphs import EmulatedGraph, FreedMemoryError
 from dsv4ref.serving.scratch import Scratch
 
@@ -106,3 +106,15 @@ def test_the_cpu_gets_the_emulation_and_says_so() -> None:
     library = library_for("cpu")
     assert library.emulated
     assert "emulation" in library.name
+
+
+def test_a_graph_follows_unless_the_host_replaces_what_it_reads(device: str) -> None:
+    found = {
+        (row["buffers"], row["refresh"].split(",")[0]): row["right"] for row in placements(built("three-calls", device))
+    }
+    assert found == {
+        ("one scratch", "in the graph"): True,
+        ("one scratch", "by the host"): True,
+        ("new each step", "in the graph"): True,
+        ("new each step", "by the host"): False,
+    }
