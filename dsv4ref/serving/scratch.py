@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dsv4ref.kernels.aiter import adapters
 from dsv4ref.kernels.aiter.library import Library
-from dsv4ref.kernels.aiter.lists import pack_lists
+from dsv4ref.kernels.aiter.lists import list_offsets, pack_lists
 from dsv4ref.kernels.aiter.plan import DecodeShape, PlanBuffers, check_plan
 from dsv4ref.kernels.capture import current_stream, is_capturing
 from dsv4ref.kernels.checks import check_tensor
@@ -136,10 +136,9 @@ class Scratch:
         torch.arange(self.shape.rows + 1, out=self._buffers["qo_indptr"])
         for name in ("kv_last_page_lens", "q_scale", "kv_scale"):
             self._buffers[name].fill_(1)
-        self._buffers["kv_indptr"].fill_(0)  # element 0 stays 0; the rest is written every step
 
     def prepare(self, q: Tensor, indices: Tensor, lengths: Tensor, num_slots: int) -> None:
-        """Write this step's query, lists and lengths in place: four launches, no allocation.
+        """Write this step's query, lists and lengths in place: three launches, no allocation.
 
         Args:
             q: bf16 ``[T, H, dim]``; cast to the shape's dtype with scale 1.
@@ -157,8 +156,7 @@ class Scratch:
         check_tensor("indices", indices, dtype=torch.int32, shape=(shape.rows, shape.topk), device=self.device)
         b = self._buffers
         pack_lists(indices, lengths, num_slots, out=b["kv_indices"], counts=b["counts"])
-        torch.cumsum(b["counts"], 0, dtype=torch.int32, out=b["kv_indptr"][1:])
-        torch.eq(b["counts"], 0, out=b["empty"])
+        list_offsets(b["counts"], indptr=b["kv_indptr"], empty=b["empty"])
         b["q"].copy_(q)
 
     def replan(self) -> None:

@@ -8,7 +8,10 @@ one launch packs every row::
     place[j] = number of valid entries before j
     out[place[j]] = slot[j];  out[count:] = -1
 
-Order and duplicates are kept. Reference: `dsv4ref.ref.sparse_attention.row_slots`.
+and one more makes the running sum of the counts, by one program: a batch is small, and a library's scan would take
+several launches and temporary memory. Order and duplicates are kept.
+
+Reference: `dsv4ref.ref.sparse_attention.row_slots`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from torch import Tensor
 
 from dsv4ref.kernels.checks import check_no_overlap, check_tensor
 
-__all__ = ["pack_lists"]
+__all__ = ["list_offsets", "pack_lists"]
+
+_OFFSETS_BLOCK = 1024
 
 
 @triton.jit
@@ -37,6 +42,19 @@ def _pack_lists_kernel(indices, lengths, out, counts, num_slots, topk, row_strid
     tl.store(out + row * topk + place, slots, mask=valid)
     tl.store(out + row * topk + lanes, tl.full((BLOCK,), -1, tl.int32), mask=in_row & (lanes >= count))
     tl.store(counts + row, count)
+
+
+@triton.jit
+def _list_offsets_kernel(counts, indptr, empty, rows, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    carry = 0
+    tl.store(indptr, 0)
+    for first in range(0, rows, BLOCK):
+        at = first + lanes
+        length = tl.load(counts + at, mask=at < rows, other=0)
+        tl.store(indptr + 1 + at, carry + tl.cumsum(length, axis=0), mask=at < rows)
+        tl.store(empty + at, (length == 0).to(tl.uint8), mask=at < rows)
+        carry += tl.sum(length, axis=0)
 
 
 def pack_lists(indices: Tensor, lengths: Tensor, num_slots: int, *, out: Tensor, counts: Tensor) -> None:
@@ -66,3 +84,25 @@ def pack_lists(indices: Tensor, lengths: Tensor, num_slots: int, *, out: Tensor,
     if rows:
         block = triton.next_power_of_2(max(topk, 1))
         _pack_lists_kernel[(rows,)](indices, lengths, out, counts, num_slots, topk, indices.stride(0), BLOCK=block)
+
+
+def list_offsets(counts: Tensor, *, indptr: Tensor, empty: Tensor) -> None:
+    """Running sum of list lengths and the mask of empty lists, in one launch and in place.
+
+    Args:
+        counts: int32 ``[T]`` contiguous.
+        indptr: int32 ``[T + 1]`` contiguous, written whole: element 0 is 0.
+        empty: bool ``[T]`` contiguous, written: True where a count is 0.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, layout or device; an output that overlaps the counts.
+    """
+    check_tensor("counts", counts, dtype=torch.int32, shape=("T",), contiguous=True)
+    rows = counts.shape[0]
+    check_tensor("indptr", indptr, dtype=torch.int32, shape=(rows + 1,), device=counts.device, contiguous=True)
+    check_tensor("empty", empty, dtype=torch.bool, shape=(rows,), device=counts.device, contiguous=True)
+    check_no_overlap("indptr", indptr, "counts", counts)
+    check_no_overlap("empty", empty, "counts", counts)
+    check_no_overlap("empty", empty, "indptr", indptr)
+    block = min(triton.next_power_of_2(max(rows, 1)), _OFFSETS_BLOCK)
+    _list_offsets_kernel[(1,)](counts, indptr, empty.view(torch.uint8), rows, BLOCK=block)

@@ -1,4 +1,4 @@
-"""Packing key lists: the kernel against a list comprehension, and bad arguments."""
+"""Packing key lists and their running sum: the kernels against list comprehensions, and bad arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4ref.kernels.aiter.lists import pack_lists
+from dsv4ref.kernels.aiter.lists import list_offsets, pack_lists
 
 SLOTS = 100
 
@@ -89,3 +89,39 @@ def test_an_output_that_overlaps_is_refused() -> None:
     shared = torch.zeros(4, dtype=torch.int32)
     with pytest.raises(ValueError, match="counts: its memory range overlaps lengths'"):
         pack_lists(**{**given, "lengths": shared[1:3], "counts": shared[:2]})
+
+
+# --- the running sum ---
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 1023, 1024, 1025, 2050])
+def test_offsets_are_the_running_sum_and_empty_rows_are_marked(rows: int, device: str, rng: torch.Generator) -> None:
+    counts = torch.randint(0, 3, (rows,), generator=rng, dtype=torch.int32)
+    indptr = torch.full((rows + 1,), 7777, dtype=torch.int32, device=device)
+    empty = torch.ones(rows, dtype=torch.bool, device=device)
+    list_offsets(counts.to(device), indptr=indptr, empty=empty)
+    want = [0, *counts.cumsum(0).tolist()]
+    wrong = [i for i, (a, b) in enumerate(zip(indptr.tolist(), want, strict=True)) if a != b]
+    assert not wrong, f"offset {wrong[0]}: {indptr[wrong[0]]}, expected {want[wrong[0]]}"
+    assert torch.equal(empty.cpu(), counts == 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("counts", torch.zeros(2, dtype=torch.int64), TypeError, r"counts: got torch\.int64, expected torch\.int32"),
+        ("indptr", torch.zeros(2, dtype=torch.int32), ValueError, r"indptr: got shape \[2\], expected \[3\]"),
+        ("empty", torch.zeros(2, dtype=torch.uint8), TypeError, r"empty: got torch\.uint8, expected torch\.bool"),
+    ],
+)
+def test_a_wrong_argument_of_the_sum_is_refused(name: str, value: Tensor, error: type[Exception], message: str) -> None:
+    given: dict[str, Any] = {"counts": torch.zeros(2, dtype=torch.int32), "indptr": torch.zeros(3, dtype=torch.int32),
+                             "empty": torch.zeros(2, dtype=torch.bool)}  # fmt: skip
+    with pytest.raises(error, match=message):
+        list_offsets(**{**given, name: value})
+
+
+def test_offsets_over_their_counts_are_refused() -> None:
+    shared = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="indptr: its memory range overlaps counts'"):
+        list_offsets(shared[:2], indptr=shared, empty=torch.zeros(2, dtype=torch.bool))

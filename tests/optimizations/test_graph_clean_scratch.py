@@ -27,14 +27,12 @@ def built(case: str, device: str) -> ScratchInputs:
 def test_launches_are_as_predicted(case: str, device: str) -> None:
     counted = {name: count_launches(call) for name, call in OPT.timed(built(case, device)).items()}
     p = OPT.predict(OPT.case(case), "mi355x")
-    assert (p.baseline_launches, p.optimized_launches) == (9, 4)
+    assert (p.baseline_launches, p.optimized_launches) == (7, 3)
     for name, want in (("baseline", p.baseline_launches), ("optimized", p.optimized_launches)):
         assert counted[name].total == want, counted[name]
 
 
 def test_allocations_go_from_sixteen_to_none(device: str) -> None:
-    if device != "cpu":
-        pytest.skip("eager operators on a GPU may take temporary memory of their own; replays are tested without")
     calls = OPT.timed(built("three-calls", device))
     assert count_allocations(calls["baseline"]).count == 16
     assert count_allocations(calls["optimized"]).count == 0
@@ -45,7 +43,7 @@ def test_bytes_are_as_predicted_where_they_can_be_added_up(device: str) -> None:
     inputs = built("two-keys", device)
     scratch = Scratch(inputs.library, inputs.shape(inputs.steps[0]), device)
     scratch.rebuild()
-    names = ("qo_indptr", "kv_last_page_lens", "q_scale", "kv_scale", "kv_indptr")
+    names = ("qo_indptr", "kv_last_page_lens", "q_scale", "kv_scale")
     written = sum(scratch.buffer(name).numel() * scratch.buffer(name).element_size() for name in names)
     p = OPT.predict(OPT.case("two-keys"), "cpu")
     assert p.baseline_bytes - p.optimized_bytes == written
