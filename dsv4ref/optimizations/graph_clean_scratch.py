@@ -3,7 +3,7 @@
 Baseline: every step allocates its lists, its cast query, its output, its constants and its plan. Optimised: one scratch
 per shape, everything rewritten in place, the plan included. Same kernels on the same numbers, so the same bits.
 
-What makes it a chapter is what must not be kept: the plan. The source's first version cached it with the buffers and
+What makes it a chapter is what must not be kept: the plan. The source's first scratch cached it with the buffers and
 read out of bounds when the lengths changed. The gate therefore also counts the keys that every plan visits, compares
 the packed lists with a list comprehension, replays the step from a graph, and asks whether any address moved.
 
@@ -399,7 +399,7 @@ def _pack_request(topk: int) -> CompileRequest:
 
 
 class CachedPlan(Scratch):
-    """The source's first version: the plan is made when the buffers are, and kept with them."""
+    """The source's first scratch: the plan is made with the buffers, and kept with them."""
 
     _planned = False
 
@@ -570,7 +570,7 @@ OPTIMIZATION = Optimization(
             title="the plan is kept with the buffers",
             story="Same shape, same buffers, so the same plan: but a plan holds lengths. When they change the kernel "
             "visits keys that are no longer there, and misses those that are new.",
-            source="ROCm/vllm#900: the second commit did this and faulted, the third refreshes every call",
+            source="ROCm/vllm#900: its first scratch did this and faulted; the later one refreshes in every call",
             ids=("H05",),
             case="emulated-three-calls",
             planted=_planted(CachedPlan),
