@@ -10,9 +10,12 @@ import torch
 from dsv4ref import config
 from dsv4ref.device import get_device
 from dsv4ref.formats import Dialect, fp8, ue8m0
+from dsv4ref.kernels.aiter.emulation import emulated_library
+from dsv4ref.kernels.aiter.plan import PLAN_ORDER, DecodeShape
 from dsv4ref.kernels.sparse_mla.launch import PUBLISHED, STATIC, LaunchShape, choose, select_launch
 from dsv4ref.optimizations import catalogue, decode_model, recast
 from dsv4ref.optimizations.base import Case
+from dsv4ref.serving.scratch import scratch_sizes
 from dsv4ref.show import panels
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "output_explorer",
     "projection_explorer",
     "recast_explorer",
+    "scratch_explorer",
     "value_explorer",
 ]
 
@@ -105,6 +109,27 @@ def recast_explorer(exponent: int = -6, dialect: str = "e4m3fn", cast: str = "cl
 
 
 _FIELDS = (("sign", 1, "#CC79A7"), ("exponent", 4, "#E69F00"), ("mantissa", 3, "#56B4E9"))
+
+
+def scratch_explorer(rows: int = 64, heads: int = 16, topk: int = 512, device: str = "mi355x") -> str:
+    """What one scratch holds, in KiB, its plan sized as the emulation of AITER sizes it for the device's CUs.
+
+    Args:
+        rows: query rows.
+        heads: query heads on a rank, 16 or 32.
+        topk: longest key list.
+        device: key of a device with published figures.
+    """
+    spec = get_device(device)
+    library = emulated_library(compute_units=spec.compute_units or 1)
+    fp8_dtype = Dialect.FN.dtype
+    sizes = scratch_sizes(library, DecodeShape(rows, heads, topk, fp8_dtype, fp8_dtype))
+    groups = {"q": "query, fp8", "out": "output, bf16", "kv_indices": "lists"}
+    items = dict.fromkeys([*groups.values(), "plan", "lengths and constants"], 0.0)
+    for name, (size, dtype) in sizes.items():
+        group = groups.get(name, "plan" if name in PLAN_ORDER else "lengths and constants")
+        items[group] += torch.Size(size).numel() * dtype.itemsize / 2**10
+    return panels.bars(items, title=f"One scratch, {rows} rows x {heads} heads, lists of {topk}", unit="KiB")
 
 
 def byte_explorer(byte: int = 0x76, scale: int = 127) -> str:

@@ -1,0 +1,118 @@
+"""Chapter 10's own figures: launches and allocations as counted, and what the strict emulation says of planted bugs."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from dsv4ref.evidence.allocations import count_allocations
+from dsv4ref.evidence.launches import count_launches
+from dsv4ref.kernels.aiter.emulation import emulated_library, library_for
+from dsv4ref.optimizations import catalogue
+from dsv4ref.optimizations.graph_clean_scratch import CachedPlan, ScratchInputs, _walk, placements
+from dsv4ref.serving.graphs import EmulatedGraph, FreedMemoryError
+from dsv4ref.serving.scratch import Scratch
+
+OPT = catalogue.get("graph_clean_scratch")
+
+
+def built(case: str, device: str) -> ScratchInputs:
+    inputs: ScratchInputs = OPT.make_inputs(OPT.case(case), device, 0)
+    return inputs
+
+
+@pytest.mark.parametrize("case", ["three-calls", "two-keys"])
+def test_launches_are_as_predicted(case: str, device: str) -> None:
+    counted = {name: count_launches(call) for name, call in OPT.timed(built(case, device)).items()}
+    p = OPT.predict(OPT.case(case), "mi355x")
+    assert (p.baseline_launches, p.optimized_launches) == (7, 3)
+    for name, want in (("baseline", p.baseline_launches), ("optimized", p.optimized_launches)):
+        assert counted[name].total == want, counted[name]
+
+
+def test_allocations_go_from_sixteen_to_none(device: str) -> None:
+    calls = OPT.timed(built("three-calls", device))
+    assert count_allocations(calls["baseline"]).count == 16
+    assert count_allocations(calls["optimized"]).count == 0
+
+
+def test_bytes_are_as_predicted_where_they_can_be_added_up(device: str) -> None:
+    """The constants that the baseline writes anew, from the tensors themselves."""
+    inputs = built("two-keys", device)
+    scratch = Scratch(inputs.library, inputs.shape(inputs.steps[0]), device)
+    scratch.rebuild()
+    names = ("qo_indptr", "kv_last_page_lens", "q_scale", "kv_scale")
+    written = sum(scratch.buffer(name).numel() * scratch.buffer(name).element_size() for name in names)
+    p = OPT.predict(OPT.case("two-keys"), "cpu")
+    assert p.baseline_bytes - p.optimized_bytes == written
+
+
+def test_the_second_call_of_the_protocol_repeats_the_first_and_the_third_differs(device: str) -> None:
+    out = OPT.optimized(built("three-calls", device))["out"].view(3, -1)
+    assert torch.equal(out[0], out[1])
+    assert (out[0].float() - out[2].float()).abs().max() > 0.1
+
+
+def test_the_split_case_splits_and_the_holes_case_has_holes(device: str) -> None:
+    inputs = built("split", "cpu")
+    scratch = Scratch(emulated_library(compute_units=4), inputs.shape(inputs.steps[0]), "cpu")
+    scratch.rebuild()
+    for step in inputs.steps[:1]:
+        scratch.prepare(step.q, step.indices, step.lengths, inputs.slots)
+        scratch.replan()
+    assert int(scratch.plan.reduce_indptr[-1]) >= 2
+    holed = built("holes", "cpu")
+    step = holed.steps[0]
+    inside = torch.arange(step.indices.shape[1]) < step.lengths[:, None]
+    holes = inside & ((step.indices < 0) | (step.indices >= holed.slots))
+    assert holes.any(1).all()
+    assert (step.indices[~inside] == 2**31 - 1).all(), "behind the lengths lies poison"
+
+
+def test_the_strict_emulation_names_the_row_of_a_kept_plan() -> None:
+    inputs = built("three-calls", "cpu")
+    scratch = CachedPlan(inputs.library, inputs.shape(inputs.steps[0]), "cpu")
+    scratch.rebuild()
+    with pytest.raises(
+        ValueError, match="plan: work row 1 reads entries 64 to 66 of batch 1, whose list is 64 to 65 now"
+    ):
+        list(_walk(inputs, lambda shape: scratch))
+
+
+def test_a_graph_over_a_scratch_that_was_rebuilt_reads_freed_memory() -> None:
+    inputs = built("three-calls", "cpu")
+    step = inputs.steps[0]
+    scratch = Scratch(inputs.library, inputs.shape(step), "cpu")
+    scratch.rebuild()
+    graph = EmulatedGraph(lambda: scratch.prepare(step.q, step.indices, step.lengths, inputs.slots))
+    graph.replay()
+    scratch.rebuild()
+    gc.collect()
+    with pytest.raises(FreedMemoryError, match=r"operation 0 \(_pack_lists_kernel\) reads torch\.int32"):
+        graph.replay()
+
+
+def test_planted_bugs_run_on_the_emulation_everywhere() -> None:
+    for hazard in OPT.hazards.values():
+        params = OPT.case(hazard.case).params
+        assert params["emulated"], f"{hazard.title}: on the real library this would read out of bounds"
+
+
+def test_the_cpu_gets_the_emulation_and_says_so() -> None:
+    library = library_for("cpu")
+    assert library.emulated
+    assert "emulation" in library.name
+
+
+def test_a_graph_follows_unless_the_host_replaces_what_it_reads(device: str) -> None:
+    found = {
+        (row["buffers"], row["refresh"].split(",")[0]): row["right"] for row in placements(built("three-calls", device))
+    }
+    assert found == {
+        ("one scratch", "in the graph"): True,
+        ("one scratch", "by the host"): True,
+        ("new each step", "in the graph"): True,
+        ("new each step", "by the host"): False,
+    }
