@@ -219,25 +219,26 @@ def allocate_plan(
     for name, value, low in sizes:
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name}: got {value!r}, expected an integer of at least {low}")
-    slots = tokens * top_k
-    if slots > 2**31 - 1 - triton.next_power_of_2(BLOCK_TOKENS * top_k):
+    if tokens * top_k > 2**31 - 1 - triton.next_power_of_2(BLOCK_TOKENS * top_k):
         raise ValueError(f"tokens: got {tokens} x {top_k} slots, expected fewer than 2^31 (positions are int32)")
+    shapes = _plan_shapes(tokens, top_k, num_experts, block_m)
+    tensors = {name: torch.empty(shape, dtype=torch.int32, device=device) for name, shape in shapes.items()}
+    return DispatchPlan(block_m=block_m, **tensors)
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
 
+def _plan_shapes(tokens: int, top_k: int, num_experts: int, block_m: int) -> dict[str, tuple[int, ...]]:
+    slots = tokens * top_k
     tiles = max_tiles(slots, num_experts, block_m)
-    return DispatchPlan(
-        block_m=block_m,
-        local=empty(tokens, top_k),
-        histogram=empty(num_experts),
-        offsets=empty(num_experts + 1),
-        gather=empty(slots),
-        scatter=empty(slots),
-        tile_expert=empty(tiles),
-        tile_first=empty(tiles),
-        block_counts=empty(triton.cdiv(tokens, BLOCK_TOKENS), num_experts + 1),
-    )
+    return {
+        "local": (tokens, top_k),
+        "histogram": (num_experts,),
+        "offsets": (num_experts + 1,),
+        "gather": (slots,),
+        "scatter": (slots,),
+        "tile_expert": (tiles,),
+        "tile_first": (tiles,),
+        "block_counts": (triton.cdiv(tokens, BLOCK_TOKENS), num_experts + 1),
+    }
 
 
 def plan_dispatch(
@@ -338,10 +339,10 @@ def _checked_plan(
         raise TypeError(f"out: got {type(out).__name__}, expected a DispatchPlan")
     if out.block_m != block_m:
         raise ValueError(f"out: for tiles of {out.block_m} rows, expected {block_m}")
-    wanted = allocate_plan(tokens, top_k, num_experts, block_m=block_m, device="meta").tensors
+    wanted = _plan_shapes(tokens, top_k, num_experts, block_m)
     for name, tensor in out.tensors.items():
         checks.check_tensor(
-            f"out.{name}", tensor, dtype=torch.int32, shape=tuple(wanted[name].shape), device=experts.device,
+            f"out.{name}", tensor, dtype=torch.int32, shape=wanted[name], device=experts.device,
             contiguous=True,
         )  # fmt: skip
         checks.check_no_overlap(f"out.{name}", tensor, "experts", experts)

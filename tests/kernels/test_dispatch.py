@@ -66,7 +66,7 @@ def test_tiles_cover_every_local_slot_once(block_m: int, rng: torch.Generator, d
     ids = chosen(40, 6, 12, rng, device)
     plan = plan_dispatch(ids, 12, block_m=block_m)
     assert_plan(plan, ids, 12)
-    covered = []
+    covered: list[int] = []
     for expert, first in zip(plan.tile_expert.tolist(), plan.tile_first.tolist(), strict=True):
         if expert >= 0:
             covered += range(first, min(first + block_m, int(plan.offsets[expert + 1])))
@@ -238,7 +238,7 @@ def test_tables_that_are_no_map_are_refused(change: dict[str, Any], error: type[
     good = {"table": torch.tensor([0, -1, 1], dtype=torch.int32), "num_local": 2, "rank": 0, "ranks": 2}
     ExpertMap(**good)  # type: ignore[arg-type]
     with pytest.raises(error, match=re.escape(message)):
-        ExpertMap(**{**good, **change})  # type: ignore[arg-type]
+        ExpertMap(**{**good, **change})
 
 
 def test_the_mask_is_a_view_of_the_map() -> None:
