@@ -8,12 +8,12 @@ A sequence, all of one layout (numbers of `TASK`)::
     <copy> x1 .. x7 <again> x1 .. x7                copying: always 8 tokens back, within the window
     op k a | op k a | ...                           12 queries; the answer a is due at k
 
-    a = (m_op * v + c_op) mod 32                    v the value that stands beside k, op one of four operators, the
+    a = (m_op * v + c_op) mod 32                    v the value that stands beside k, op one of six operators, the
                                                     first of which leaves v as it is
 
 Only a C4 layer leads from a query to its pair: windows are too short, an entry of C128 pools 128 tokens. The context is
-beyond the point where the indexer's top-k drops entries, so that the indexer has to be right. And three answers of four
-are not the value that was found: three permutations of 32 values are 96 facts, which the experts hold.
+beyond the point where the indexer's top-k drops entries, so that the indexer has to be right. And five answers of six
+are not the value that was found: five permutations of 32 values are 160 facts, which the experts hold.
 
 `V4_TINY_TRAINED` has every kind of layer (SWA with hashed experts, C4 and C128 with learned routers) and the widths
 that byte formats need: heads of 512, so that the 584-byte FP8 cache carries them, and 64 index heads of 128, because
@@ -45,7 +45,7 @@ class Vocabulary:
     eos: int = 1
     copy: int = 2
     again: int = 3
-    n_operators: int = 4
+    n_operators: int = 6
     n_keys: int = 48
     n_values: int = 32
     n_letters: int = 16
@@ -110,15 +110,15 @@ V4_TINY_TRAINED = ModelConfig(
 """The shape that data/tiny_v4.safetensors holds weights for."""
 
 # a = (m v + c) mod 32: with m odd every operator is a permutation of the values, the first one the identity.
-_FACTORS = (1, 5, 11, 19)
-_OFFSETS = (0, 7, 21, 12)
+_FACTORS = (1, 5, 11, 19, 27, 13)
+_OFFSETS = (0, 7, 21, 12, 30, 3)
 
 
 def answers(operators: Tensor, values: Tensor) -> Tensor:
     """What an operator makes of a value.
 
     Args:
-        operators: int64, 0 to 3.
+        operators: int64, 0 to 5.
         values: int64 of the same shape, 0 to 31.
 
     Returns:
@@ -159,10 +159,10 @@ class Task:
         gap: filler tokens between groups and copying.
         letters: letters that are copied.
         queries: of the pairs, how many are asked for, each once.
-        operators: of the four, how many are used, from the first; with one, an answer is the value itself.
+        operators: of the six, how many are used, from the first; with one, an answer is the value itself.
 
     Raises:
-        ValueError: more pairs than groups or keys, more operators than four, or more queries than
+        ValueError: more pairs than groups or keys, more operators than six, or more queries than
             pairs.
     """
 
@@ -171,7 +171,7 @@ class Task:
     gap: int = 32
     letters: int = 7
     queries: int = 12
-    operators: int = 4
+    operators: int = 6
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -112,7 +112,7 @@ def test_bad_input_is_refused() -> None:
     tensors = random_weights(1)
     with pytest.raises(ValueError, match=r"tokens: got torch.int64 \(3,\), expected torch.int64 \[B, T\]"):
         forward(tensors, V4_TINY_TRAINED, torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="tokens: got 148, expected 0 to 147"):
-        forward(tensors, V4_TINY_TRAINED, torch.full((1, 3), 148))
+    with pytest.raises(ValueError, match="tokens: got 150, expected 0 to 149"):
+        forward(tensors, V4_TINY_TRAINED, torch.full((1, 3), 150))
     with pytest.raises(ValueError, match="select: got 'some', expected 'topk' or 'all'"):
         forward(tensors, V4_TINY_TRAINED, torch.zeros(1, 3, dtype=torch.int64), select="some")  # type: ignore[arg-type]
