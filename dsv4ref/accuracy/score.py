@@ -339,8 +339,8 @@ def router_bias(model: Model, offset: float, dtype: torch.dtype = torch.bfloat16
 def transposed_sinkhorn(model: Model) -> Subject:
     """Streams are mixed with C[destination, source].
 
-    The weights that make C's logits change rows with columns. Sinkhorn of transposed logits is the transposed matrix
-    up to the order of its last two normalisations, 20 rounds after which that order no longer shows.
+    The weights that make C's logits change rows with columns. Sinkhorn of transposed logits is the transposed matrix up
+    to the order of its last two normalisations: over the shipped weights no entry differs by more than 0.03.
     """
     n = model.config.hc_mult
     tensors = dict(model.tensors)
