@@ -47,7 +47,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 NBVAL := -m pytest -v -p no:xdist --nbval-lax --nbval-current-env --nbval-cell-timeout=600
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
-SOURCES := $(shell find dsv4ref kernels -name '*.py' -o -name '*.jsonl')
+SOURCES := $(shell find dsv4ref kernels -name '*.py' -o -name '*.jsonl' -o -name '*.safetensors')
 say = @printf '\n== %s\n' "$(1)"
 
 .PHONY: help lab workbook test lint book isa measure figure setup wheelhouse clean notebooks active FORCE
