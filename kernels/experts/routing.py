@@ -211,12 +211,9 @@ def route_grouped(
 ) -> tuple[Tensor, Tensor]:
     """V3.2: the k experts of highest biased score within the best groups, one kernel launch.
 
-    Args: as `route_learned`; the router is grouped, sigmoid, with at least two experts to a group.
+    Args: as `route_learned`; the router is grouped and sigmoid (a `RouterConfig` has at least two experts to a group).
     """
     _check_router(router, "sigmoid", grouped=True)
-    assert router.experts_per_group is not None
-    if router.experts_per_group < 2:
-        raise ValueError(f"router: got {router.experts_per_group} expert per group, expected at least 2 (it sums two)")
     return _route_scored(logits, bias, router, weights, experts)
 
 

@@ -6,7 +6,7 @@ import enum
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,11 +107,19 @@ def test_an_unknown_entry_is_refused() -> None:
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "aiter", raising=False)
+    before = {name: sys.modules.pop(name) for name in _aiter_modules()}
     load_aiter.cache_clear()
-    return tmp_path
+    yield tmp_path
+    for name in _aiter_modules():
+        del sys.modules[name]
+    sys.modules.update(before)
+    load_aiter.cache_clear()
+
+
+def _aiter_modules() -> list[str]:
+    return [name for name in sys.modules if name.split(".")[0] == "aiter"]
 
 
 def test_the_unrelated_package_is_refused_by_name(path: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from mutation import Mutation
 
 MUTATIONS = {
-    "entries counted from zero in every call": Mutation(
+    "previous group kept from before the call": Mutation(
         "dsv4ref/ref/compressor.py",
-        "entries=state.entries + closed,",
-        "entries=closed,",
+        "previous_kv=previous_kv,",
+        "previous_kv=state.previous_kv,",
         cases=("decode_step/after-5",),
         unaffected=("decode_step/after-3",),
     ),
