@@ -199,7 +199,8 @@ def _reason(rows: list[Kernel], wanted: Mapping[str, Any], nearest: Kernel) -> s
     if wanted["lse"]:
         rest = [row for row in rows if _misses(row, wanted) == ["lse"]]
         if rest:
-            return f"no LSE for {rest[0]}" + (f" ({rest[0].note})" if rest[0].note else "")
+            without = str(rest[0]).replace(", no LSE on", " on")
+            return f"no LSE for {without}" + (f" ({rest[0].note})" if rest[0].note else "")
     names = {"query_length": "query length", "dtypes": "q/kv dtypes"}
     shown = {"query_length": nearest.query_length, "dtypes": f"{nearest.q_dtype}/{nearest.kv_dtype}"}
     parts = [
