@@ -127,10 +127,11 @@ notebooks: $(READY)
 build/notebooks.passed: $(NOTEBOOKS) $(SOURCES) notebooks/conftest.py $(READY)
 	@$(MAKE) notebooks
 
-# A GPU is not shared between tests: some of them time it.
+# A GPU is not shared between tests, some of them time it; and an active environment may lack pytest-xdist.
 define WORKERS
+from importlib.util import find_spec
 import torch
-print("-n 0" if torch.cuda.is_available() else "-n auto --maxprocesses 4")
+print("-n auto --maxprocesses 4" if find_spec("xdist") and not torch.cuda.is_available() else "")
 endef
 export WORKERS
 
