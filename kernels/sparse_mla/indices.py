@@ -16,8 +16,8 @@ What cannot be a slot becomes -1, which the decode kernels skip: an entry behind
 allocated, a request that does not exist. Products are taken in 64 bits, so that a block id of garbage cannot wrap into
 a slot that somebody owns (H26).
 
-Reference: `dsv4ref.ref.indices`. Source: vLLM's ragged decode buffers for DeepSeek-V4 on ROCm (which lists), whose packer
-copies a prefix of each row where `pack_entries` compacts.
+Reference: `dsv4ref.ref.indices`. Source: vLLM's ragged decode buffers for DeepSeek-V4 on ROCm (which lists), whose
+packer copies a prefix of each row where `pack_entries` compacts.
 """
 
 from __future__ import annotations
