@@ -147,11 +147,13 @@ def _slots(table: Tensor, requests: Tensor, entries: Tensor, block_size: int, nu
 def _packed(slots: Tensor, keep: Tensor) -> Ragged:
     """What is kept of each row, one row after the other."""
     rows, width = slots.shape
-    ends = keep.sum(1).cumsum(0)
+    count = keep.sum(1)
+    ends = count.cumsum(0)
     indptr = torch.zeros(rows + 1, dtype=torch.int32, device=slots.device)
     indptr[1:] = ends
-    before = ends[:, None] - keep.sum(1)[:, None]
-    place = torch.where(keep, before + keep.cumsum(1) - 1, rows * width)  # one spare place takes what is dropped
+    place = torch.where(
+        keep, (ends - count - 1)[:, None] + keep.cumsum(1), rows * width
+    )  # one spare place takes what is dropped
     indices = torch.full((rows * width + 1,), -1, dtype=torch.int32, device=slots.device)
     return Ragged(indices.scatter_(0, place.flatten(), slots.flatten().to(torch.int32)), indptr)
 
@@ -282,18 +284,19 @@ def _timed(inputs: ListInputs) -> Mapping[str, Callable[[], object]]:
 
 
 class _Traffic(TorchDispatchMode):
-    """Launches and bytes of ATen operators: every argument read, every result written."""
+    """Launches and bytes of ATen operators: every argument read, every result written; what is both counts once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.launches, self.bytes = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if operator_kind(func) is not None:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if operator_kind(func, args, kwargs, result) is not None:
             self.launches += 1
-            tensors = (t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+            self.bytes += sum({(t.untyped_storage()._cdata, t.storage_offset()): t.nbytes for t in tensors}.values())
         return result
 
 
