@@ -344,8 +344,8 @@ def _predict(case: Case, device_key: str) -> Prediction:
         baseline_us=baseline_us,
         optimized_us=optimized_us,
         bound_us=bound_us,
-        reason="logits at their roofline, every row reading its keys for itself; top-k as one launch that reads its input "
-        "once, where a library's takes more of both: the ratio is a low estimate",
+        reason="logits at their roofline, every row reading its keys for itself; top-k as one launch that reads its "
+        "input once, where a library's takes more of both: the ratio is a low estimate",
     )
 
 
@@ -444,7 +444,8 @@ def _production(name: str, model: config.ModelConfig, rows: int, tokens: int, *,
 
 _CASES = (
     _tiny("tiny", (3, _TOPK, 0, 7), (5, 11, 1, _TOPK), about="decode inside the window, one row without entries"),
-    _tiny("tiny-edges", (_TOPK - 1, _TOPK, 0), (_TOPK - 1, _TOPK, _TOPK + 1), about="topk - 1, topk, topk + 1"),
+    _tiny("tiny-edges", (_TOPK - 1, _TOPK, 0), (_TOPK - 1, _TOPK, _TOPK + 1), (_TOPK + 1,) * 3,
+          about="topk - 1, topk, topk + 1"),
     _tiny("tiny-short-long", (2, 9, 4), (30, 9, 40), (1, 2, 3), about="captured short, replayed long"),
     _tiny("tiny-long-short", (33, 25, 38), (3, 9, 0), about="captured long, replayed short"),
     _tiny("tiny-ties", (35, 30, 13), (_TOPK, 20, 3), distinct=5, about="five different keys: ties at the k-th score"),
@@ -483,8 +484,8 @@ OPTIMIZATION = Optimization(
         ),
         "one-too-many": Hazard(
             title="off by one at topk",
-            story="longest <= topk + 1 passes for longest <= topk: a row of topk + 1 entries loses its newest, whatever "
-            "the scores say.",
+            story="longest <= topk + 1 passes for longest <= topk: a row of topk + 1 entries loses its newest, "
+            "whatever the scores say.",
             source="no report of this very bug; the boundary that vllm#51298's tests walk is akin",
             ids=(),
             case="tiny-edges",

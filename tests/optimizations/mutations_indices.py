@@ -18,4 +18,11 @@ MUTATIONS = {
         "return (tl.maximum(position, -1) + ratio) // ratio",
         cases=("static_decode_metadata/tiny", "static_decode_metadata/tiny-edges"),
     ),
+    "the window one entry too long": Mutation(
+        "kernels/sparse_mla/indices.py",
+        "entry = tl.where(lanes < tl.load(lengths + row), lanes, -1)",
+        "entry = tl.where(lanes <= tl.load(lengths + row), lanes, -1)",
+        cases=("full_window_topk/tiny", "full_window_topk/tiny-narrow"),
+        unaffected=("full_window_topk/tiny-long-short", "static_decode_metadata/tiny"),
+    ),
 }
