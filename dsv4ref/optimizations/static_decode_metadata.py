@@ -550,8 +550,8 @@ OPTIMIZATION = Optimization(
         "rebuilt-tensors": Hazard(
             title="each step has tensors of its own",
             story="Right in eager mode. The graph goes on reading the tensors of its capture, which nobody writes "
-            "any more.",
-            source="doubleword commits 22cc02230 (compressed scopes) and 00af8fd88 (SWA, found later)",
+            "any more; here they are at least kept alive.",
+            source="doubleword commits 22cc02230 (compressed scopes) and 00af8fd88 (SWA)",
             ids=("H06",),
             case="tiny",
             planted=lambda inputs: _run(inputs, rebuild=True),

@@ -31,7 +31,7 @@ def assert_lists(indices: Tensor, indptr: Tensor, want: list[list[int]]) -> None
     assert (indices[offsets[-1] :] == UNWRITTEN).all(), "something behind the last list was written"
 
 
-def recent(positions: list[int], requests: list[int], table: list[list[int]], device: str, **numbers: int) -> None:
+def recent(positions: list[int], requests: list[int], table: list[list[int]], device: str, **numbers: Any) -> None:
     """Run the kernel and compare it with the reference."""
     rows = len(positions)
     indices = torch.full((rows * numbers["width"] + 3,), UNWRITTEN, dtype=torch.int32, device=device)
@@ -71,7 +71,7 @@ def test_what_has_no_slot_is_listed_as_minus_one(device: str) -> None:
     indices, indptr = i32([UNWRITTEN] * 40, device), i32([UNWRITTEN] * 5, device)
     positions, requests = i32([19, 3, 7, 15], device), i32([0, 3, -1, 1], device)
     table = i32([[0, 9, 1], [0, 2**30, 1]], device)  # request 0: block 9 is not in the cache; 3 and -1: no requests
-    numbers = {"ratio": 1, "width": 10, "block_size": 4, "num_slots": 12}
+    numbers: dict[str, Any] = {"ratio": 1, "width": 10, "block_size": 4, "num_slots": 12}
     recent_lists(positions, requests, table, **numbers, indices=indices, indptr=indptr)
     assert indptr.tolist() == [0, 10, 14, 22, 32]
     row = [indices[a:b].tolist() for a, b in zip(indptr[:-1].tolist(), indptr[1:].tolist(), strict=True)]
@@ -86,7 +86,7 @@ def test_what_has_no_slot_is_listed_as_minus_one(device: str) -> None:
 
 def packed(entries: Tensor, positions: list[int], requests: list[int], table: list[list[int]], device: str) -> None:
     rows, topk = entries.shape
-    numbers = {"ratio": 4, "block_size": 3, "num_slots": 30}
+    numbers: dict[str, Any] = {"ratio": 4, "block_size": 3, "num_slots": 30}
     indices = torch.full((rows * topk + 2,), UNWRITTEN, dtype=torch.int32, device=device)
     indptr, counts = i32([UNWRITTEN] * (rows + 1), device), i32([UNWRITTEN] * rows, device)
     given = (entries.to(device), i32(positions, device), i32(requests, device), i32(table, device))

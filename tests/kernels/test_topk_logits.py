@@ -51,13 +51,13 @@ def given(lengths: list[int], rng: torch.Generator, *, blocks: int = 12, whole: 
     )  # fmt: skip
 
 
-def logits_of(g: Given, columns: int, device: str, **options: int) -> Tensor:
+def logits_of(g: Given, columns: int, device: str, **options: Any) -> Tensor:
     out = torch.full((len(g.lengths), columns), 7777.0, device=device)
     index_logits(*g.tensors(device), logits=out, **options)
     return out.cpu()
 
 
-def choice_of(g: Given, topk: int, columns: int, device: str, **options: bool) -> list[list[int]]:
+def choice_of(g: Given, topk: int, columns: int, device: str, **options: Any) -> list[list[int]]:
     out = torch.full((len(g.lengths), topk), 7777, dtype=torch.int32, device=device)
     scratch = TopkScratch.allocate(len(g.lengths), columns, topk, device)
     scratch.logits.fill_(torch.nan)
