@@ -13,6 +13,7 @@ from dsv4ref.kernels.capture import emulated_capture
 from dsv4ref.optimizations import catalogue
 from dsv4ref.optimizations.static_decode_metadata import OPTIMIZED_LAUNCHES, ListInputs, observed, rebuilt, replayed
 from dsv4ref.serving.decode_lists import DecodeLists, ListGeometry
+from dsv4ref.serving.graphs import EmulatedGraph
 
 OPT = catalogue.get("static_decode_metadata")
 TINY = [name for name, case in OPT.cases.items() if case.tiny]
@@ -68,8 +69,6 @@ def test_launches_are_predicted_as_counted(case: str) -> None:
 
 def test_packing_by_a_mask_is_what_a_capture_refuses() -> None:
     inputs = inputs_of("tiny")
-    from dsv4ref.serving.graphs import EmulatedGraph
-
     entries = inputs.steps[0].entries
     with pytest.raises(RuntimeError, match="reads the device from the host"):
         EmulatedGraph(lambda: entries[entries >= 0])
