@@ -109,9 +109,9 @@ def decide(logits: Tensor, bias: Tensor, router: RouterConfig, band: float = LOG
     )
     kept, possible, certain = _groups(middle, low, high, router)
     candidates = middle.masked_fill(~kept, float("-inf"))
-    # NaN rank below everything, dropped groups are no candidates at all: stable sorts, the second key first.
-    order = torch.sort(kept.to(torch.int8), dim=1, descending=True, stable=True).indices
-    order = order.gather(1, torch.sort(candidates.gather(1, order), dim=1, descending=True, stable=True).indices)
+    order = torch.sort(candidates, dim=1, descending=True, stable=True).indices
+    if router.n_groups is not None:  # NaN ranks below everything, but experts of dropped groups are no candidates
+        order = order.gather(1, torch.sort(kept.gather(1, order), dim=1, descending=True, stable=True).indices)
     experts = order[:, : router.top_k].sort(dim=1).values
     chosen = torch.zeros_like(kept).scatter_(1, experts, True)
     best_left = high.masked_fill(chosen | ~kept, float("-inf")).amax(dim=1)

@@ -405,7 +405,7 @@ OPTIMIZATION = Optimization(
             "look right; the logits are as rough as before.",
             source="vLLM 0.33.0, GateLinear's last tier, which ROCm took; vllm#50268",
             ids=(),
-            case="tiny-plain",
+            case="tiny",
             planted=_baseline,
         ),
     },
