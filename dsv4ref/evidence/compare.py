@@ -68,6 +68,21 @@ TOLERANCES = {
         reason="16 fp32 ulps: exp, log and root of the score, a sum of k scores, a quotient and the scale, a few each; "
         "absolute slack for weights of exactly 0",
     ),
+    "router_logits_fp32": Tolerance(
+        abs=2.0**-13,
+        rel=2.0**-13,
+        cosine=None,
+        yardstick_factor=None,
+        reason="an fp32 sum of up to 7,168 products that adds up to order one: rounding errors in a random walk, "
+        "2^-24 sqrt(7168), 16 times over",
+    ),
+    "router_weights_band": Tolerance(
+        abs=1e-12,
+        rel=2.0**-12,
+        cosine=None,
+        yardstick_factor=None,
+        reason="two logit bands: a score's relative change is at most its logit's change, and so is the sum's",
+    ),
     "routed_sum": Tolerance(
         abs=1e-5,
         rel=1e-5,

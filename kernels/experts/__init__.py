@@ -1,7 +1,8 @@
-"""Expert routing: scores to experts and weights, global to local ids, and the order a grouped GEMM reads tokens in."""
+"""Expert routing: router logits, scores to experts and weights, global to local ids, the order a grouped GEMM reads."""
 
 from dsv4ref.kernels.experts.dispatch import DispatchPlan, allocate_plan, max_tiles, plan_dispatch
 from dsv4ref.kernels.experts.expert_map import ExpertMap
+from dsv4ref.kernels.experts.router_gemm import router_logits
 from dsv4ref.kernels.experts.routing import route_grouped, route_hash, route_learned
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "route_grouped",
     "route_hash",
     "route_learned",
+    "router_logits",
 ]
