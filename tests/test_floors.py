@@ -84,7 +84,7 @@ FLOORS = (
     {"evidence", "serving"},
     {"optimizations"},
     {"show"},
-    {"cli", "notebooks"},
+    {"cli", "new_chapter", "notebooks"},
 )
 
 
