@@ -5,6 +5,10 @@ function nameControls() {
   for (const button of document.querySelectorAll("button.search-button-field[aria-label]")) {
     button.removeAttribute("aria-label");
   }
+  // The arrow that unfolds a page of the sidebar has no text; it belongs to the link before it.
+  for (const fold of document.querySelectorAll(".has-children > details > summary:not([aria-label])")) {
+    fold.setAttribute("aria-label", `Pages under ${fold.closest(".has-children").querySelector("a").textContent.trim()}`);
+  }
   // The handle of an ipywidgets slider has no name; the text beside it is what it sets.
   for (const handle of document.querySelectorAll('.widget-slider [role="slider"]:not([aria-label])')) {
     const label = handle.closest(".widget-slider").querySelector(".widget-label")?.textContent.trim();

@@ -13,7 +13,7 @@ CSS = (Path(__file__).resolve().parents[2] / "book" / "_static" / "book.css").re
 RULE = re.compile(
     r'\[data-theme="(\w+)"\] \.dsv4-source span\[style\*="(#\w{6})"(?: i)?\] \{ color: (#\w{6}) !important; \}'
 )
-GROUNDS = {"light": "#ffffff", "dark": "#14181e"}  # the theme's --pst-color-background
+GROUNDS = {"light": "#ffffff", "dark": "#121212"}  # the theme's --pst-color-background
 AA = 4.5
 
 
