@@ -125,11 +125,11 @@ def device_arithmetic(specs: Sequence[Any]) -> str:
     Raises:
         ValueError: a device does not publish what is needed.
     """
-    needed = ("register_file_bytes", "simds_per_cu", "wave_size", "max_waves_per_simd", "compute_units")
-    needed += ("lds_bytes", "bandwidth_tb_s", "bf16_tflops", "fp8_tflops", "hbm_bytes", "l2_bytes")
+    needed = "compute_units simds_per_cu wave_size max_waves_per_simd register_file_bytes lds_bytes l2_bytes hbm_bytes"
+    needed += " bandwidth_tb_s bf16_tflops fp8_tflops"
     for spec in specs:
-        if absent := [name for name in needed if getattr(spec, name) is None]:
-            raise ValueError(f"{spec.key}: no published {', '.join(absent)}, expected all of {', '.join(needed)}")
+        if absent := [name for name in needed.split() if getattr(spec, name) is None]:
+            raise ValueError(f"{spec.key}: no published {', '.join(absent)}, expected all of {needed}")
     lines: Sequence[tuple[str, Callable[[Any], str]]] = (
         ("32-bit registers per lane of a SIMD", lambda s: f"{_lane_registers(s):g}"),
         ("the same with every wave slot taken", lambda s: f"{_lane_registers(s) / s.max_waves_per_simd:g}"),
