@@ -322,6 +322,24 @@ def notebooks(
     raise typer.Exit(1 if findings else 0)
 
 
+@app.command("new-chapter")
+def new_chapter(
+    id: Annotated[str, typer.Argument(metavar="ID", help="Python identifier in lower case, e.g. split_k_decode.")],
+    number: Annotated[int | None, typer.Option(help="Place in the book; by default behind all others.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading; by default the ID in words.")] = None,
+    part: Annotated[str, typer.Option(help="Part of the book: I, II, III, IV or V.")] = "V",
+) -> None:
+    """Create a chapter that works: module, kernels, notebook and exercise tests of a toy, to replace piece by piece."""
+    with _refusals():
+        from dsv4ref import new_chapter as template
+
+        chapter = template.plan(id, number=number, title=title, part=part)
+        files = template.create(chapter)
+    for path in files:
+        print(path.relative_to(chapter.root).as_posix())
+    _note(f"It works as it is: dsv4ref verify {id}; dsv4ref hazards {id}. Next: book/add-a-chapter.md.")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lab(
     context: typer.Context,

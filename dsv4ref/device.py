@@ -46,6 +46,7 @@ class DeviceSpec:
         register_file_bytes: vector registers of one CU.
         l2_bytes: all L2 together; ``mall_bytes`` is the last-level Infinity Cache behind it.
         bandwidth_tb_s: peak memory bandwidth.
+        matrix_shapes: the dense matrix instructions with fp32 sums and the largest K, ``"bf16 16x16x16"`` (M x N x K).
         bf16_tflops: peak dense matrix rate in bf16; likewise fp8 and fp4.
         clock_mhz: peak engine clock that the matrix rates assume.
         fp8_dialect: e4m3 encoding of the matrix units, ``e4m3fn`` or ``e4m3fnuz``.
@@ -68,6 +69,7 @@ class DeviceSpec:
     mall_bytes: int | None = None
     hbm_bytes: int | None = None
     bandwidth_tb_s: float | None = None
+    matrix_shapes: tuple[str, ...] | None = None
     bf16_tflops: float | None = None
     fp8_tflops: float | None = None
     fp4_tflops: float | None = None
@@ -91,6 +93,7 @@ def _sources(groups: Mapping[str, str]) -> Mapping[str, str]:
 
 _ROCM_TABLE = "AMD ROCm documentation, GPU hardware specifications"
 _LLVM = "LLVM AMDGPU backend, subtarget limits of gfx90a and later"
+_MFMA = "LLVM AMDGPU backend, VOP3PInstructions.td: V_MFMA_F32_*"
 _DATA_TYPES = "AMD ROCm documentation, data types and precision support"
 _HOPPER = "NVIDIA, Tuning CUDA applications for the Hopper architecture"
 
@@ -108,6 +111,7 @@ _CDNA: dict[str, Any] = {
 _CDNA_SOURCES = {
     "compute_units xcds wave_size lds_bytes register_file_bytes l2_bytes mall_bytes hbm_bytes": _ROCM_TABLE,
     "simds_per_cu max_waves_per_simd lds_bytes_per_workgroup": _LLVM,
+    "matrix_shapes": _MFMA,
     "fp8_dialect": _DATA_TYPES,
 }
 
@@ -122,6 +126,7 @@ _SPECS = (
         lds_bytes_per_workgroup=64 * KIB,
         hbm_bytes=192 * GIB,
         bandwidth_tb_s=5.3,
+        matrix_shapes=("bf16 16x16x16", "bf16 32x32x8", "FP8 16x16x32", "FP8 32x32x16"),
         bf16_tflops=1307.4,
         fp8_tflops=2614.9,
         clock_mhz=2100.0,
@@ -143,6 +148,7 @@ _SPECS = (
         lds_bytes_per_workgroup=160 * KIB,
         hbm_bytes=288 * GIB,
         bandwidth_tb_s=8.0,
+        matrix_shapes=("bf16 16x16x32", "bf16 32x32x16", "FP8, FP6, FP4 16x16x128", "FP8, FP6, FP4 32x32x64"),
         bf16_tflops=2516.6,
         fp8_tflops=5033.2,
         fp4_tflops=10066.3,
@@ -172,6 +178,7 @@ _SPECS = (
         l2_bytes=60 * MIB,
         hbm_bytes=141 * GIB,
         bandwidth_tb_s=4.8,
+        matrix_shapes=("bf16 64xNx16", "FP8 64xNx32", "N a multiple of 8 up to 256"),
         bf16_tflops=989.5,
         fp8_tflops=1979.0,
         fp8_dialect="e4m3fn",
@@ -182,6 +189,7 @@ _SPECS = (
                 "compute_units l2_bytes": "CUDA driver, device properties of an H200 SXM",
                 "hbm_bytes bandwidth_tb_s": "NVIDIA H200 data sheet (141 GB, 4.8 TB/s)",
                 "bf16_tflops fp8_tflops": "NVIDIA H200 data sheet: 1,979 and 3,958 with sparsity, halved for dense",
+                "matrix_shapes": "NVIDIA PTX ISA, wgmma.mma_async",
                 "fp8_dialect": "NVIDIA PTX ISA, e4m3 alternate floating-point format",
             }
         ),

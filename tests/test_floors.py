@@ -85,7 +85,7 @@ FLOORS = (
     {"accuracy", "evidence", "serving"},
     {"optimizations"},
     {"show"},
-    {"cli", "notebooks"},
+    {"cli", "new_chapter", "notebooks"},
 )
 
 

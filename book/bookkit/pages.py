@@ -1,8 +1,9 @@
 """Sphinx extension: directives for the parts of the book that are generated at build time.
 
-``{chapters}`` the table of contents by part; ``{hazard-index}``, ``{settings-table}``, ``{scoreboard}``, ``{claims}``
-and ``{run-status}`` the tables of :mod:`bookkit.tables`, read from the installed package. Pages that hold one of them
-are read again at every build, because what they show does not live in the source tree.
+``{chapters}`` the table of contents by part; ``{hazard-index}``, ``{settings-table}``, ``{scoreboard}``, ``{claims}``,
+``{run-status}``, ``{device}`` and ``{devices}`` the tables of :mod:`bookkit.tables`, read from the installed package.
+The role ``{chapter}`` links a chapter by its id. Pages that hold one of them are read again at every build, because
+what they show does not live in the source tree.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes  # type: ignore[import-untyped]
+from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
+from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from bookkit import stage, tables
-from dsv4ref import settings
+from dsv4ref import device, settings
 from dsv4ref.evidence import records
 from dsv4ref.optimizations import catalogue, report
 
@@ -93,6 +95,40 @@ class RunStatus(Generated):
         return tables.run_status(measured(), records.is_stale, self.documents())
 
 
+class Device(Generated):
+    """The published figures of the device that is named."""
+
+    required_arguments = 1
+
+    def markdown(self) -> str:
+        return tables.device_table(device.get_device(self.arguments[0]))
+
+
+class Devices(Generated):
+    """Every GPU of the book side by side; with the argument ``arithmetic``, what follows from the figures."""
+
+    optional_arguments = 1
+
+    def markdown(self) -> str:
+        gpus = [spec for spec in device.KNOWN_DEVICES.values() if spec.compute_units is not None]
+        return tables.device_arithmetic(gpus) if self.arguments == ["arithmetic"] else tables.device_comparison(gpus)
+
+
+class ChapterLink(SphinxRole):
+    """``{chapter}`output_passthrough` ``: number and title, a link where the book has the notebook."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        self.env.note_reread()
+        optimization = catalogue.get(self.text)
+        shown = nodes.inline("", f"{optimization.number:02} {optimization.title}")
+        document = f"{stage.CHAPTERS}/{optimization.notebook.removesuffix('.ipynb')}"
+        if document not in self.env.found_docs:
+            return [shown], []
+        options = {"refdomain": "std", "reftype": "doc", "reftarget": f"/{document}", "refexplicit": True}
+        link = addnodes.pending_xref("", shown, refdoc=self.env.docname, refwarn=True, **options)
+        return [link], []
+
+
 def measured() -> tuple[records.Record, ...]:
     """The records that ship with the package and those of the folder that ``DSV4REF_RECORDS`` names."""
     return records.shipped(settings.get("DSV4REF_RECORDS"))
@@ -106,4 +142,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("scoreboard", Scoreboard)
     app.add_directive("claims", Claims)
     app.add_directive("run-status", RunStatus)
+    app.add_directive("device", Device)
+    app.add_directive("devices", Devices)
+    app.add_role("chapter", ChapterLink())
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -50,24 +50,115 @@ def hazard_table(
     Raises:
         ValueError: an entry lacks a field, or a chapter plants a hazard the index does not know.
     """
-    planted: dict[str, list[str]] = {}
+    planted: dict[str, dict[str, str]] = {}  # per hazard the chapters that plant it, with the gate that catches it
     for ident, optimization in catalogue.items():
         link = _chapter(ident, optimization.number, documents)
         for name, hazard in optimization.hazards.items():
             for number in hazard.ids:
                 if number not in hazards:
                     raise ValueError(f"{ident}: hazard {name!r} names {number!r}, which is not in hazards.toml")
-                planted.setdefault(number, [])
-                if link not in planted[number]:
-                    planted[number].append(link)
+                planted.setdefault(number, {})[link] = f"{optimization.number:02} {optimization.gate.name}"
     rows = []
     for number, hazard in hazards.items():
         if missing := HAZARD_FIELDS - hazard.keys():
             raise ValueError(f"hazards.toml: {number} lacks {sorted(missing)}")
         anchor = f"[{number}]{{#{number.lower()}}}"
-        place = ", ".join(planted.get(number, [])) or NONE
-        rows.append((anchor, f"**{hazard['name']}**: {hazard['symptom']}", hazard["cause"], hazard["source"], place))
-    return table(("", "What you see", "Why", "Source", "Planted in"), rows, "No hazards are listed.")
+        caught = planted.get(number, {})
+        place, gates = ", ".join(caught) or "no chapter yet", ", ".join(caught.values()) or NONE
+        seen = f"**{hazard['name']}**: {hazard['symptom']}"
+        rows.append((anchor, seen, hazard["cause"], hazard["source"], place, gates))
+    return table(("Hazard", "What you see", "Why", "Source", "Planted in", "Gate"), rows, "No hazards are listed.")
+
+
+_FIGURES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "arch": ("Compiler target", lambda v: f"`{v}`"),
+    "compute_units": ("CUs (SMs)", str),
+    "xcds": ("Dies (XCDs), each with an L2 of its own", str),
+    "simds_per_cu": ("SIMDs per CU (partitions per SM)", str),
+    "wave_size": ("Lanes of a wave (warp)", str),
+    "max_waves_per_simd": ("Waves per SIMD, at most", str),
+    "register_file_bytes": ("Vector registers per CU", lambda v: _binary(v)),
+    "lds_bytes": ("LDS (shared memory) per CU", lambda v: _binary(v)),
+    "lds_bytes_per_workgroup": ("of which one workgroup may take", lambda v: _binary(v)),
+    "l2_bytes": ("L2, all together", lambda v: _binary(v)),
+    "mall_bytes": ("Infinity Cache", lambda v: _binary(v)),
+    "hbm_bytes": ("Memory", lambda v: _binary(v)),
+    "bandwidth_tb_s": ("Memory bandwidth", lambda v: f"{v:g} TB/s"),
+    "matrix_shapes": ("Matrix instructions, M x N x K", lambda v: "; ".join(v)),
+    "bf16_tflops": ("bf16, dense", lambda v: f"{v:,.1f} TFLOP/s"),
+    "fp8_tflops": ("FP8, dense", lambda v: f"{v:,.1f} TFLOP/s"),
+    "fp4_tflops": ("FP4, dense", lambda v: f"{v:,.1f} TFLOP/s"),
+    "clock_mhz": ("Engine clock that these rates assume", lambda v: f"{v:,.0f} MHz"),
+    "fp8_dialect": ("FP8 dialect of the matrix units", lambda v: f"`{v}`"),
+}
+
+
+def device_table(spec: Any) -> str:
+    """The published figures of one device, each with its source.
+
+    Args:
+        spec: a ``dsv4ref.device.DeviceSpec``.
+
+    Returns:
+        Markdown; figures that nobody published are left out.
+    """
+    rows = [
+        (label, text(value), spec.sources.get(name, NONE))
+        for name, (label, text) in _FIGURES.items()
+        if (value := getattr(spec, name)) is not None
+    ]
+    return table(("Figure", "Value", "Source"), rows, "Nothing is published.")
+
+
+def device_comparison(specs: Sequence[Any]) -> str:
+    """The published figures of several devices side by side, without sources."""
+    rows = [
+        (label, *(NONE if (value := getattr(spec, name)) is None else text(value) for spec in specs))
+        for name, (label, text) in _FIGURES.items()
+    ]
+    return table(("Figure", *(spec.name for spec in specs)), rows, "No devices are known.")
+
+
+def device_arithmetic(specs: Sequence[Any]) -> str:
+    """What follows from the published figures by arithmetic: what a tile may use, and where the roofs meet.
+
+    Raises:
+        ValueError: a device does not publish what is needed.
+    """
+    needed = "compute_units simds_per_cu wave_size max_waves_per_simd register_file_bytes lds_bytes l2_bytes hbm_bytes"
+    needed += " bandwidth_tb_s bf16_tflops fp8_tflops"
+    for spec in specs:
+        if absent := [name for name in needed.split() if getattr(spec, name) is None]:
+            raise ValueError(f"{spec.key}: no published {', '.join(absent)}, expected all of {needed}")
+    lines: Sequence[tuple[str, Callable[[Any], str]]] = (
+        ("32-bit registers per lane of a SIMD", lambda s: f"{_lane_registers(s):g}"),
+        ("the same with every wave slot taken", lambda s: f"{_lane_registers(s) / s.max_waves_per_simd:g}"),
+        (
+            "Waves on the whole device, at most",
+            lambda s: f"{s.compute_units * s.simds_per_cu * s.max_waves_per_simd:,}",
+        ),
+        ("LDS of the whole device", lambda s: _binary(s.compute_units * s.lds_bytes)),
+        ("Registers of the whole device", lambda s: _binary(s.compute_units * s.register_file_bytes)),
+        ("Bytes per CU and microsecond from memory", lambda s: f"{s.bandwidth_tb_s * 1e6 / s.compute_units:,.0f}"),
+        ("FLOP per byte where bf16 meets memory", lambda s: f"{s.bf16_tflops / s.bandwidth_tb_s:.0f}"),
+        ("FLOP per byte where FP8 meets memory", lambda s: f"{s.fp8_tflops / s.bandwidth_tb_s:.0f}"),
+        ("Reading the L2's size from memory", lambda s: f"{s.l2_bytes / s.bandwidth_tb_s / 1e6:.1f} µs"),
+        ("Reading all of memory once", lambda s: f"{s.hbm_bytes / s.bandwidth_tb_s / 1e9:.0f} ms"),
+    )
+    rows = [(label, *(text(spec) for spec in specs)) for label, text in lines]
+    return table(("Follows", *(spec.name for spec in specs)), rows, "No devices are known.")
+
+
+def _lane_registers(spec: Any) -> float:
+    return float(spec.register_file_bytes / (4 * spec.simds_per_cu * spec.wave_size))
+
+
+def _binary(value: int) -> str:
+    """Bytes in the largest unit that leaves at least one: ``160 KiB``."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value} B"
 
 
 def settings_table(rows: Iterable[Mapping[str, str]]) -> str:

@@ -119,7 +119,9 @@ def table(rows: Sequence[Row], columns: Sequence[Column | str], caption: str = "
     top = f'<caption style="{_CAPTION}">{_esc(caption)}</caption>' if caption else ""
     page = (
         # Pages that restyle unknown HTML in dark mode leave pandas' class alone, and theme it.
-        '<div style="overflow-x:auto"><table class="dataframe dsv4-table" style="margin-left:0">'
+        # A wide table scrolls, and without a place in the tab order only a mouse could scroll it.
+        f'<div style="overflow-x:auto" tabindex="0" role="group" aria-label="{_esc(caption or "table")}">'
+        '<table class="dataframe dsv4-table" style="margin-left:0">'
         f"{top}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
     return Html(page, _plain(layout, cells, right, caption))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from bookkit import stage
 
+from dsv4ref import new_chapter
 from dsv4ref.optimizations import catalogue
 
 
@@ -168,3 +169,8 @@ def test_package_folders_hold_the_kernels_too() -> None:
     assert len(names) == 2
     assert all(name.is_file() for name in names), names
     assert names[1].parent.name == "kernels"
+
+
+def test_parts_are_those_that_new_chapters_can_be_put_into() -> None:
+    captions = {key: caption for key, (caption, _) in stage.PARTS.items() if key}
+    assert captions == {key: f"Part {key}: {about}" for key, about in new_chapter.PARTS.items()}

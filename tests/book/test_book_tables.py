@@ -17,7 +17,8 @@ HAZARDS = {
 
 
 def chapter(number: int, **hazards: tuple[str, ...]) -> SimpleNamespace:
-    return SimpleNamespace(number=number, hazards={name: SimpleNamespace(ids=ids) for name, ids in hazards.items()})
+    planted = {name: SimpleNamespace(ids=ids) for name, ids in hazards.items()}
+    return SimpleNamespace(number=number, hazards=planted, gate=SimpleNamespace(name="bit" if number < 7 else "budget"))
 
 
 def rows_of(markdown: str) -> list[str]:
@@ -27,8 +28,8 @@ def rows_of(markdown: str) -> list[str]:
 def test_hazards_name_the_chapters_that_plant_them() -> None:
     catalogue = {"decode": chapter(5, short=("H02",), long=("H02",)), "unrendered": chapter(7, other=("H02",))}
     first, second = rows_of(tables.hazard_table(HAZARDS, catalogue, DOCUMENTS))
-    assert first == "| [H01]{#h01} | **collision**: noise \\| garbage | bad key | vllm#1 | – |"
-    assert second.endswith("| [05 decode](/chapters/05_decode.ipynb), 07 unrendered |")
+    assert first == "| [H01]{#h01} | **collision**: noise \\| garbage | bad key | vllm#1 | no chapter yet | – |"
+    assert second.endswith("| [05 decode](/chapters/05_decode.ipynb), 07 unrendered | 05 bit, 07 budget |")
 
 
 def test_chapter_that_plants_an_unknown_hazard_is_named() -> None:

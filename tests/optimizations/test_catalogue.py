@@ -135,9 +135,9 @@ def add_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 
 
 def test_a_module_with_an_optimization_is_a_chapter(add_module: Callable[[str, str], None]) -> None:
-    add_module("zz_new_chapter", "id='new_chapter', number=90")
+    add_module("zz_new_chapter", "id='new_chapter', number=99")
     assert tuple(catalogue.load()) == (*CHAPTERS, "new_chapter")
-    assert catalogue.rows(())[-1]["notebook"] == "90_new_chapter.ipynb"
+    assert catalogue.rows(())[-1]["notebook"] == "99_new_chapter.ipynb"
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,11 @@ def test_every_chapter_of_a_stage_is_written_or_named_as_planned() -> None:
         assert row["stages"]
 
 
-def test_every_chapter_that_runs_kernels_is_on_the_page() -> None:
+def test_every_planned_chapter_that_runs_kernels_is_on_the_page() -> None:
+    """One beyond the plan is placed by whoever adds it, once it is more than a toy."""
     on_page = {number for stage in STAGES.values() for number in stage.chapters}
-    assert {c.number for c in catalogue.load().values() if c.kernels("gfx942")} <= on_page
+    planned = [c for c in catalogue.load().values() if c.number <= max(step.PLANNED)]
+    assert {c.number for c in planned if c.kernels("gfx942")} <= on_page
 
 
 # --- bars ------------------------------------------------------------------------------------------------------------
