@@ -8,7 +8,7 @@ decided if the same experts win at either end of all intervals.
                                               a sum of D <= 7168 products that adds up to order one, 16 times over
     biased score     2^-20 |s + bias|         what fp32 adds in score and sum, a few ulps
 
-bf16 logits are off by up to 2^-9 |z|, 16 bands; a bias rounded to bf16 by up to 1/64 around 7, 128 bands.
+bf16 logits are off by up to 2^-8 |z|, 32 bands; a bias rounded to bf16 by up to 1/64 around 7, 128 bands.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def _predict(case: Case, device: str) -> Prediction:
         optimized_bytes=wide + select,
         least_bytes=_least_bytes(p),
         flops=flops,
-        baseline_launches=3,
+        baseline_launches=3 if rows else 0,
         optimized_launches=2 if rows else 0,
         baseline_us=baseline_us,
         optimized_us=optimized_us,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,17 @@ from dsv4ref.optimizations.router_band import decide
 from dsv4ref.ref.numerics import STRUCTURE
 from dsv4ref.ref.router import route_grouped_ref, route_learned_ref
 
-__all__ = ["OFFSETS", "ROUTERS", "SPREADS", "accuracy_rows", "bf16_spacing", "bias_facts", "changed", "rate_rows"]
+__all__ = [
+    "OFFSETS",
+    "ROUTERS",
+    "SPREADS",
+    "accuracy_rows",
+    "bf16_spacing",
+    "bias_facts",
+    "changed",
+    "draw_bias",
+    "rate_rows",
+]
 
 OFFSETS = (0.0, 1.0, 2.02, 5.0, 7.0, 8.0)
 SPREADS = (0.02, 0.1)
@@ -53,14 +64,14 @@ def bias_facts(bias: Tensor) -> dict[str, float]:
     }
 
 
-def expert_sets(logits: Tensor, bias: Tensor, router: RouterConfig) -> Tensor:
+def _expert_sets(logits: Tensor, bias: Tensor, router: RouterConfig) -> Tensor:
     """The reference router's experts in fp32, ascending: int64 ``[M, k]``."""
     route = route_learned_ref if router.n_groups is None else route_grouped_ref
     return route(logits, bias, router)[1].sort(dim=1).values
 
 
 @functools.lru_cache(maxsize=512)
-def changed(router: RouterConfig, offset: float, spread: float, rows: int, seed: int = 0) -> dict[str, float]:
+def changed(router: RouterConfig, offset: float, spread: float, rows: int, seed: int = 0) -> Mapping[str, float]:
     """Shares of rows whose expert set changes, 0..1.
 
     Args:
@@ -84,14 +95,14 @@ def changed(router: RouterConfig, offset: float, spread: float, rows: int, seed:
         bias = draw_bias(offset, spread, router.n_experts, 1000 * seed + draw + 500)
         narrow = logits.to(torch.bfloat16).to(torch.float32)
         rounded = bias.to(torch.bfloat16).to(torch.float32)
-        right = expert_sets(logits, bias, router)
-        baseline = expert_sets(narrow, bias, router)
-        source = expert_sets(narrow, rounded, router)
+        right = _expert_sets(logits, bias, router)
+        baseline = _expert_sets(narrow, bias, router)
+        source = _expert_sets(narrow, rounded, router)
         for name, one, other in (("bias", baseline, source), ("logits", right, baseline), ("both", right, source)):
             found[name] += (one != other).any(dim=1).float().mean().item() / _DRAWS
         decided = decide(logits.to(torch.float64), bias, router).decided
         found["tie class"] += (~decided).float().mean().item() / _DRAWS
-    return found
+    return MappingProxyType(found)
 
 
 def rate_rows(what: str, rows: int = 2000, seed: int = 0) -> list[dict[str, Any]]:

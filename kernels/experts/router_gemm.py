@@ -79,7 +79,7 @@ def select_tile(rows: int) -> RouterTile:
 @triton.jit
 def _router_rows_kernel(
     x, weight, out, experts, depth, x_stride, out_stride, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
+):
     """z[m, e] for one row: lanes add up their own columns, and one sum over lanes ends it."""
     row = tl.program_id(0).to(tl.int64)
     numbers = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -115,18 +115,14 @@ def _router_tile_kernel(
     numbers = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     there, real = tokens < rows, numbers < experts
     x_rows = x + tokens.to(tl.int64) * x_stride  # [BLOCK_M]
-    weight_rows = weight + numbers.to(tl.int64) * depth  # [BLOCK_E]
+    w_rows = weight + numbers.to(tl.int64) * depth  # [BLOCK_E]
     if SLICES == 1:
         columns = tl.arange(0, BLOCK_K)
         z = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
         for first in range(0, depth, BLOCK_K):
             inside = columns < depth - first
-            a = tl.load(
-                x_rows[:, None] + first + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0
-            )  # fmt: skip
-            w = tl.load(
-                weight_rows[None, :] + first + columns[:, None], mask=real[None, :] & inside[:, None], other=0.0
-            )  # fmt: skip
+            a = tl.load(x_rows[:, None] + first + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+            w = tl.load(w_rows[None, :] + first + columns[:, None], mask=real[None, :] & inside[:, None], other=0.0)
             z = tl.dot(a, w, z)
     else:
         columns = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [SLICES, BLOCK_K]
@@ -139,7 +135,7 @@ def _router_tile_kernel(
                 other=0.0,
             )
             w = tl.load(
-                weight_rows[None, None, :] + first + columns[:, :, None],
+                w_rows[None, None, :] + first + columns[:, :, None],
                 mask=real[None, None, :] & inside[:, :, None],
                 other=0.0,
             )
