@@ -414,8 +414,8 @@ OPTIMIZATION = Optimization(
             title="a 0/1 mask is used as the map",
             story="AITER takes a mask, every other kernel a map, and one property returned either. Read as a map, the "
             "mask sends each token to local experts 0 and 1.",
-            source="vllm#49758 (GSM8K 0.00 -> 0.95); doubleword vLLM fork, commit 8b5f7aa2c; vllm#47158 is akin (a mask "
-            "made a mask once more is all ones, cosine 0.527)",
+            source="vllm#49758 (GSM8K 0.00 -> 0.95); doubleword vLLM fork, commit 8b5f7aa2c; vllm#47158 is akin (a "
+            "mask converted once more is all ones, cosine 0.527)",
             ids=("H38",),
             case="tiny-two-blocks",
             planted=_with_local(lambda ids, one: one.mask()[ids.long()]),
@@ -432,7 +432,8 @@ OPTIMIZATION = Optimization(
         "phantom-expert": Hazard(
             title="-1 sets bit 31: a phantom expert",
             story="Packing a bit per expert, -1 // 32 truncates to word 0 and a shift by -1 % 32 sets bit 31 where the "
-            "hardware takes the low five bits of a shift, as AMD's does. Expert 31 gains a row for nearly every token, and all experts behind it read rows that are not theirs.",
+            "hardware takes the low five bits of a shift, as AMD's does. Expert 31 gains a row for nearly every token, "
+            "and all experts behind it read rows that are not theirs.",
             source="vLLM 0.33.0, pack_bitmatrix (the mask for it); Triton's integer division truncates",
             ids=("H15",),
             case="tiny-two-blocks",
