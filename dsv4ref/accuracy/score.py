@@ -63,7 +63,7 @@ WEIGHTS = Path(__file__).resolve().parents[1] / "data" / "tiny_v4.safetensors"
 """The shipped weights."""
 
 ROUTER_BIAS_OFFSETS = (0.0, 1.0, 8.0)
-"""What is added to the correction bias before rounding. 8 is where the released Flash's biases are (`ref.router`)."""
+"""What is added to the correction bias before rounding. 8 is about where the released Flash's are (`ref.router`)."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def router_bias(model: Model, offset: float, dtype: torch.dtype = torch.bfloat16
     Args:
         model: the model.
         offset: added to every bias. The shipped biases are what load balancing made of zeros, so that they stand around
-            0; the released Flash's stand around 8.
+            0; the released Flash's stand around 8 (`ref.router`).
         dtype: what the sum is rounded to.
     """
     tensors = dict(model.tensors)

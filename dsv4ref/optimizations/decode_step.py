@@ -393,7 +393,7 @@ OPTIMIZATION = Optimization(
         "open-group-lost": Hazard(
             title="the prompt's remainder is not handed over",
             story="Tokens behind the last complete group are in no entry yet. If prefill drops them, the entry that "
-            "decode closes pools its own tokens only. The window hides it for 128 tokens.",
+            "decode closes pools its own tokens only. The window still holds the lost ones, for 128 positions.",
             source="no report of this very bug; Avarok-Cybersecurity/atlas#275 (no entries at all from decode) is akin",
             ids=(),
             case="after-5",

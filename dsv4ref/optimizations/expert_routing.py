@@ -414,7 +414,8 @@ OPTIMIZATION = Optimization(
             title="a 0/1 mask is used as the map",
             story="AITER takes a mask, every other kernel a map, and one property returned either. Read as a map, the "
             "mask sends each token to local experts 0 and 1.",
-            source="vllm#49758 (GSM8K 0.00 -> 0.95); doubleword vLLM fork, commit 8b5f7aa2c",
+            source="vllm#49758 (GSM8K 0.00 -> 0.95); doubleword vLLM fork, commit 8b5f7aa2c; vllm#47158 is akin (a "
+            "mask converted once more is all ones, cosine 0.527)",
             ids=("H38",),
             case="tiny-two-blocks",
             planted=_with_local(lambda ids, one: one.mask()[ids.long()]),
@@ -430,8 +431,9 @@ OPTIMIZATION = Optimization(
         ),
         "phantom-expert": Hazard(
             title="-1 sets bit 31: a phantom expert",
-            story="Packing a bit per expert, -1 // 32 truncates to word 0 and a shift by -1 % 32 sets bit 31. Expert "
-            "31 gains a row for nearly every token, and all experts behind it read rows that are not theirs.",
+            story="Packing a bit per expert, -1 // 32 truncates to word 0 and a shift by -1 % 32 sets bit 31 where the "
+            "hardware takes the low five bits of a shift, as AMD's does. Expert 31 gains a row for nearly every token, "
+            "and all experts behind it read rows that are not theirs.",
             source="vLLM 0.33.0, pack_bitmatrix (the mask for it); Triton's integer division truncates",
             ids=("H15",),
             case="tiny-two-blocks",
@@ -458,8 +460,8 @@ OPTIMIZATION = Optimization(
         "sentinel-clamped": Hazard(
             title="the -1 of padding rows reaches a kernel that has none",
             story="A kernel indexes the weights with -1 and faults. Sending such slots to expert 0 is right with a "
-            "weight of 0, which the fix has; clamped alone, every slot that is not local is expert 0's work.",
-            source="vllm#57036 (the fault, and the fix), vllm#47158 (cosine 0.527)",
+            "weight of 0, as the fix proposes; clamped alone, every slot that is not local is expert 0's work.",
+            source="vllm#57036 (the fault, and a fix that is still open)",
             ids=("H15",),
             case="tiny-padding",
             planted=_with_local(lambda ids, one: one.remap(ids).clamp(min=0)),

@@ -459,7 +459,8 @@ OPTIMIZATION = Optimization(
             title="base-2 LSEs are merged as natural ones",
             story="Kernels keep scores in units of log 2 inside. AITER's skip_reduce hands out such partials, and "
             "FlashMLA's README calls the prefill LSE base-2 while its code returns the natural one.",
-            source="AITER pa_decode_sparse at e4048607a (skip_reduce); FlashMLA README against tests/ref.py",
+            source="sglang#35045 (FlashInfer's LSE in a natural merge); AITER pa_decode_sparse at e4048607a "
+            "(skip_reduce); FlashMLA README against tests/ref.py",
             ids=(),
             case="tiny",
             planted=_base_2_taken_for_natural,

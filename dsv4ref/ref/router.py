@@ -8,7 +8,8 @@ V3.2     s = sigmoid(x W^T);  b = s + bias
          w = s[experts] / sum * route_scale
 
 Everything from the logits on is done in the arithmetic dtype. The bias is large beside the differences that decide
-(about 8 on the released Flash): in bfloat16 its spacing there is 1/16, and s + bias would lose the selection.
+(about 8 on the released Flash, by a comment in vLLM's code): in bfloat16 its spacing there is 1/16, and s + bias would
+lose the selection.
 
 Ties go to the lower expert number; no source specifies them.
 

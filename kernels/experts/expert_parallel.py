@@ -8,10 +8,11 @@
     shared     added once, by the rank that owns the token, after the sum
 
 Gathering everything is the simplest exchange that is right for any routing: sizes are fixed by the capacity, no count
-travels and the host waits for nothing, so it can be captured. It moves R times the tokens that an all-to-all of exactly
-the needed rows would at worst; a rank whose experts nobody chose computes on nothing and adds zeros.
+travels and the host waits for nothing, as a captured graph needs (not tried here). It moves R times the tokens that an
+all-to-all of exactly the needed rows would at worst; a rank whose experts nobody chose computes on nothing and adds
+zeros.
 
-Works on any backend of ``torch.distributed``: gloo on CPUs, NCCL (RCCL) on GPUs.
+For any backend of ``torch.distributed``: gloo on CPUs, which the tests run, NCCL (RCCL) on GPUs.
 
 Source: vLLM's all-gather / reduce-scatter dispatch, in outline. Hazards: H12 (padded rows), H15, H38.
 """

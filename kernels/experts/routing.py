@@ -10,7 +10,8 @@ counted down, in the lower, and the k largest keys win one after the other. So
 * NaN ranks below -inf: an expert without a number is chosen only when nothing else is left (in V3.2: in the kept
   groups), so ids are distinct and in range for any input;
 * weights follow the formula: a chosen NaN or +inf makes NaN of that row's weights, which is visible downstream. Where
-  the scores' sum is 0 (every chosen logit below about -175) all weights are 0.
+  the scores' sum is 0 (every chosen logit far below -175, sigmoid: -87, where scores leave fp32's normal range) all
+  weights are 0.
 
 A hash layer's token id outside the table, or an id in the table that is no expert, gives id -1 with weight 0, which
 `dispatch` skips.
@@ -37,21 +38,38 @@ _NO_NUMBER = tl.constexpr(-0x7FFFFFFF)
 _NO_CANDIDATE = tl.constexpr(-(2**63))
 _UNDERFLOW = tl.constexpr(-16.0)
 """Below this, ln(1 + e^z) is e^z to fp32, and its root e^(z/2): no subnormal on the way."""
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# ln 2 in two parts: the first has 9 bits, so that its product with a whole number of at most 15 bits is exact.
+_LN_2_HIGH = tl.constexpr(0.693359375)
+_LN_2_LOW = tl.constexpr(-2.12194440e-4)
+_ZERO_BELOW = tl.constexpr(-200.0)
+
+
+@triton.jit
+def _exp_of_negative(x):
+    """e^x to a few ulps for x <= 0; NaN stays NaN.
+
+    On NVIDIA tl.exp is 2^(x log2 e) with the product rounded once, which alone costs up to 32 ulps at -87.
+    """
+    x = tl.where(x < _ZERO_BELOW, _ZERO_BELOW, x)  # e^x is 0 there, and -inf - -inf would be NaN
+    whole = tl.floor(x * _LOG2_E)
+    rest = (x - whole * _LN_2_HIGH) - whole * _LN_2_LOW
+    return tl.exp2(whole) * tl.exp(rest)
 
 
 @triton.jit
 def _score(z, SCORING: tl.constexpr):
     """s = sqrt(ln(1 + e^z)) or s = 1 / (1 + e^-z), fp32."""
+    small = _exp_of_negative(-tl.abs(z))
     if SCORING == "sqrtsoftplus":
-        small = tl.exp(-tl.abs(z))
         above = 1.0 + small
         # ln(1 + small), times small over what was left of it after rounding 1 + small.
         log1p = tl.where(above == 1.0, small, tl.log(above) * (small / (above - 1.0)))
         softplus = tl.maximum(z, 0.0) + log1p
-        return tl.where(z < _UNDERFLOW, tl.exp(0.5 * z), tl.sqrt(softplus))
+        return tl.where(z < _UNDERFLOW, _exp_of_negative(0.5 * tl.minimum(z, 0.0)), tl.sqrt(softplus))
     else:
         tl.static_assert(SCORING == "sigmoid")
-        return 1.0 / (1.0 + tl.exp(-z))
+        return tl.where(z < 0.0, small, 1.0) / (1.0 + small)
 
 
 @triton.jit
@@ -164,8 +182,9 @@ def _route_hash_kernel(
     token = tl.load(token_ids + row).to(tl.int64)
     slots = tl.arange(0, SLOT_LANES)
     known = (token >= 0) & (token < vocabulary) & (slots < K)
-    chosen = tl.load(table + token * K + slots, mask=known, other=-1).to(tl.int32)
-    valid = (chosen >= 0) & (chosen < E)
+    listed = tl.load(table + token * K + slots, mask=known, other=-1)
+    valid = (listed >= 0) & (listed < E)  # before the cast: 2^32 would become expert 0
+    chosen = tl.where(valid, listed, -1).to(tl.int32)
     logits_row = logits + row * logits_stride
     _store_row(
         logits_row, weights, experts, row, chosen, valid, scale, K, SLOT_LANES, "sqrtsoftplus", NORMALISE

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsv4ref.config import V4_FLASH
-from dsv4ref.kernels.experts import ExpertMap, max_tiles
+from dsv4ref.kernels.experts import ExpertMap, max_tiles, routing
 from dsv4ref.kernels.experts.dispatch import BLOCK_TOKENS
 from dsv4ref.optimizations import catalogue
 from dsv4ref.optimizations.expert_routing import _padding_counted
@@ -73,3 +75,19 @@ def test_eager_weights_are_rough_far_below_zero_and_the_kernels_are_not() -> Non
     ours = (OPT.optimized(inputs)["weights"].double() / want - 1).abs().max()
     assert eager > 1e-4, f"eager softplus is good to {eager:.1e}"
     assert ours < 2e-6, f"the kernel is off by {ours:.1e}"
+
+
+def test_one_rounding_of_the_argument_costs_32_ulps_at_minus_87_and_none_taken_apart() -> None:
+    """What the text says of exponentials: 2^x in float64, everything around it in fp32."""
+
+    def exp(x: Tensor) -> Tensor:  # as a GPU has it that multiplies by log2 e and looks up a power of two
+        return torch.exp2((x * math.log2(math.e)).double()).float()
+
+    def ulps(found: Tensor) -> float:
+        return float((found.double() / torch.exp(x.double()) - 1).abs().max() * 2**23)
+
+    x = torch.linspace(-87.0, 0.0, 100_001)
+    whole = torch.floor(x * math.log2(math.e))
+    rest = (x - whole * routing._LN_2_HIGH.value) - whole * routing._LN_2_LOW.value
+    assert 30 < ulps(exp(x)) < 33
+    assert ulps(torch.exp2(whole) * exp(rest)) < 2

@@ -150,6 +150,15 @@ def test_weights_hold_over_the_whole_range_of_logits(z: float, device: str) -> N
     assert_routed(route_learned(logits, torch.zeros(4, device=device), router), want)
 
 
+@pytest.mark.parametrize("z", [-85.0, -60.0, -1e-3, 0.0, 15.0, 100.0, 3e38])
+def test_sigmoid_weights_hold_as_well(z: float, device: str) -> None:
+    """At -85 e^-z is 8e36; its rounded argument alone would cost 30 ulps on some machines."""
+    router = RouterConfig(n_experts=4, top_k=2, scoring="sigmoid", route_scale=2.5, n_groups=2, topk_groups=1)
+    logits = torch.tensor([[z, z * 1.01 - 0.5, -200.0, -300.0]], device=device)
+    want = route_grouped_ref(logits.double(), torch.zeros(4, dtype=torch.float64, device=device), router)
+    assert_routed(route_grouped(logits, torch.zeros(4, device=device), router), want)
+
+
 def test_a_sum_of_zero_weighs_nothing(device: str) -> None:
     weights, experts = route_learned(torch.full((1, 37), -1e4, device=device), torch.zeros(37, device=device), ODD)
     assert weights.tolist() == [[0.0] * 6]
@@ -176,6 +185,14 @@ def test_unknown_tokens_and_experts_become_minus_one_without_a_read(rng: torch.G
     assert (weights[1:4] == 0).all()
     assert experts[4].tolist() == [6, 7, -1, 9, -1, 11]
     assert weights[4].sum().item() == pytest.approx(1.5, rel=1e-6)
+
+
+def test_an_expert_number_beyond_32_bits_is_none(rng: torch.Generator, device: str) -> None:
+    logits, _ = inputs(ODD, 1, rng, device)
+    table = torch.arange(6, device=device)[None, :].contiguous()
+    table[0, 3] = 2**32 + 3  # its low half is expert 3
+    _, experts = route_hash(logits, table, torch.zeros(1, dtype=torch.int64, device=device), ODD)
+    assert experts.tolist() == [[0, 1, 2, -1, 4, 5]]
 
 
 def test_rows_may_be_strided_and_outputs_the_callers(rng: torch.Generator, device: str) -> None:
