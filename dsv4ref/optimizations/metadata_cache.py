@@ -4,8 +4,8 @@ Baseline: the plan is computed in every step. Optimised: `serving.metadata.Metad
 of the step differs from the last one. The gate compares the plan's buffers after every step of a trace, integer by
 integer: the claim is that equal keys imply equal plans.
 
-The planner is `kernels.work_plan`, which stands in for AITER's ``get_mla_metadata_v1``: one launch of one workgroup into
-buffers of the same names and columns, with a simpler way to cut. Its reference is `serving.plan`.
+The planner is `kernels.work_plan`, which stands in for AITER's ``get_mla_metadata_v1``: one launch of one workgroup
+into buffers of the same names and columns, with a simpler way to cut. Its reference is `serving.plan`.
 
 Source: vllm#42982 (the optimisation and its key), vllm#47766 (the key mended).
 """
