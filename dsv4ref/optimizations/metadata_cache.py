@@ -4,8 +4,8 @@ Baseline: the plan is computed in every step. Optimised: `serving.metadata.Metad
 of the step differs from the last one. The gate compares the plan's buffers after every step of a trace, integer by
 integer: the claim is that equal keys imply equal plans.
 
-The planner is `kernels.work_plan`, which stands in for AITER's ``get_mla_metadata_v1``: the same buffers and one launch
-of one workgroup, with a simpler way to cut. Its reference is `serving.plan`.
+The planner is `kernels.work_plan`, which stands in for AITER's ``get_mla_metadata_v1``: one launch of one workgroup
+into buffers of the same names and columns, with a simpler way to cut. Its reference is `serving.plan`.
 
 Source: vllm#42982 (the optimisation and its key), vllm#47766 (the key mended).
 """
@@ -414,7 +414,7 @@ OPTIMIZATION = Optimization(
             title="the key leaves out the context length",
             story="The published key holds min(length, top-k) per request. The first chunk of a prompt ramps up from "
             "one entry per token, the second has top-k for every token, and both chunks have the same key.",
-            source="vllm#42982; symptoms in vllm#47042, #46856, #40018; blamed on the kernel in aiter#4076 and "
+            source="vllm#42982; symptoms in vllm#47042 and #46856; blamed on the kernel in aiter#4076 and "
             "vllm#47567; mended by vllm#47766",
             ids=("H01",),
             case="tiny-chunks",

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsv4ref.kernels.capture import is_capturing
 from dsv4ref.kernels.work_plan import Plan
 
 __all__ = [
@@ -230,7 +231,7 @@ class MetadataCache:
         Raises:
             RuntimeError: called while a graph is being captured.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             raise RuntimeError("build: called under graph capture, which would freeze the decision; call it before")
         kv_indptr = kv_indptr_of(step, self._topk)
         key = self._key(step, self._topk)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv4ref.kernels import checks
+from dsv4ref.kernels.capture import is_capturing
 
 __all__ = ["TailFilled"]
 
@@ -69,7 +70,7 @@ class TailFilled:
         """
         if not 0 <= tokens <= self.max_tokens:
             raise ValueError(f"tokens: got {tokens}, expected 0 to {self.max_tokens}")
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             raise RuntimeError("prepare: called under graph capture, which would freeze the extents; call it before")
         self.clear(tokens, self._tokens)
         self._tokens = tokens  # not before the fill, which needs the old one

@@ -288,7 +288,7 @@ def mla_decode_v4_nm(
         library: must be for gfx950.
         q, q_rope: fp8 ``[T, H, 512]`` (448 codes, 14 scale bytes, each twice, pad) and bf16 ``[T, H, 64]``.
         kv, kv_rope: fp8 ``[slots, 1, 1, 512]``, fewer than 2 ** 23 slots, and bf16 ``[slots, 1, 1, 64]``.
-        out: bf16 ``[T, H, 512]``, written in place.
+        out: bf16 ``[T, H, 512]``, written in place; with one split only because it is asked to (aiter#4311).
         qo_indptr, kv_indptr, kv_indices: int32, ragged.
         sink: fp32 ``[H]``; -inf for a head without one.
         query_length: tokens a sequence.
@@ -315,6 +315,7 @@ def mla_decode_v4_nm(
     library.function("mla_decode_fwd_v4_nm")(
         q=q, qrope=q_rope, kv_buffer=kv, kvrope=kv_rope, output=out, qo_indptr=qo_indptr, kv_indptr=kv_indptr,
         kv_page_indices=kv_indices, max_seqlen_q=query_length, sink=sink, num_kv_splits=num_kv_splits,
+        out_16_nosplit=int(num_kv_splits == 1),  # by default one split leaves its result in fp32 and ``out`` unwritten
     )  # fmt: skip
 
 

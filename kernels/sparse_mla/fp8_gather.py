@@ -9,7 +9,8 @@ row for every position of a scope's lists. Three formats, all with one validity 
 
 Scales kept is the cache entry with its planes apart: codes, scale bytes and rope rows each start on a multiple of 64, 8
 and 128 bytes. Rope stays bf16, because it was never quantised. The validity byte stands in the pad byte of the scales.
-Rows of slots that are none hold zeros and validity 0; a zero key is still a key, so the consumer must look.
+Rows of slots that are none hold zero codes, zero rope and validity 0, under scale bytes that mean nothing; a zero key
+is still a key, so the consumer must look.
 
 Reference: `dsv4ref.formats.kv_cache.gather`. Layout of the source: `dsv4ref.formats.kv_cache`.
 Source of the unit-scale format, kept for comparison: ROCm/vllm#900 (dequantised to bf16, then cast to FP8).

@@ -245,6 +245,15 @@ def test_a_call_binds_to_the_contract(entry: str) -> None:
         assert any(bound[name] is value for value in arguments.values()), f"{name} is not the caller's buffer"
 
 
+@pytest.mark.parametrize(("splits", "direct"), [(1, 1), (2, 0)])
+def test_the_packed_decode_writes_the_callers_buffer_with_one_split_and_with_several(splits: int, direct: int) -> None:
+    """The kernel's default leaves one split's result in fp32 scratch; several splits refuse to write bf16 directly."""
+    library, seen = recording()
+    adapters.mla_decode_v4_nm(library, **{**V4_NM, "num_kv_splits": splits, "shortest": 64})
+    ((_, bound),) = seen.calls
+    assert bound["out_16_nosplit"] == direct, f"{splits} splits: {bound['out_16_nosplit']}, expected {direct}"
+
+
 def test_the_experimental_v40_decode_binds_to_the_contract(rng: torch.Generator) -> None:
     library, seen = recording()
     plan = build(library, [3, 2], rng).plan

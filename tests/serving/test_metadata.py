@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv4ref import config
+from dsv4ref.kernels.capture import emulated_capture
 from dsv4ref.kernels.work_plan import Plan, empty_plan
 from dsv4ref.serving.metadata import (
     KEYS,
@@ -194,11 +194,7 @@ def test_every_step_of_any_trace_has_its_own_plan(steps: list[tuple[list[tuple[i
 
 def test_building_under_capture_is_refused() -> None:
     cache, _ = cache_with()
-    with (
-        mock.patch.object(torch.cuda, "is_available", return_value=True),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
-        pytest.raises(RuntimeError, match="build: called under graph capture"),
-    ):
+    with emulated_capture(), pytest.raises(RuntimeError, match="build: called under graph capture"):
         cache.build(step_of([(1, 3)]))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from dsv4ref.evidence.gates import poisoned_allocations
 from dsv4ref.evidence.launches import Launches, count_launches
+from dsv4ref.kernels.capture import emulated_capture
 from dsv4ref.serving.tail_fill import TailFilled
 
 MAX_TOKENS, TOPK = 10, 4
@@ -134,9 +133,5 @@ def test_writing_another_step_than_was_prepared_is_refused(req_id: Tensor, lengt
 
 
 def test_preparing_under_capture_is_refused() -> None:
-    with (
-        mock.patch.object(torch.cuda, "is_available", return_value=True),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
-        pytest.raises(RuntimeError, match="prepare: called under graph capture"),
-    ):
+    with emulated_capture(), pytest.raises(RuntimeError, match="prepare: called under graph capture"):
         TailFilled(MAX_TOKENS, TOPK).prepare(3)
