@@ -33,7 +33,7 @@ from dsv4ref.optimizations import decode_model, routing_eager
 from dsv4ref.optimizations.base import Case, Hazard, Optimization, Prediction, case_seed
 from dsv4ref.optimizations.routing_experts import assignment, local_error, routed, routed_by_plan
 from dsv4ref.optimizations.routing_inputs import CASES, RoutingInputs, build
-from dsv4ref.ref.dispatch import dispatch_ref, remap_ref
+from dsv4ref.ref.dispatch import dispatch_ref, expert_table_ref, remap_ref
 from dsv4ref.ref.router import route_grouped_ref, route_hash_ref, route_learned_ref
 
 __all__ = [
@@ -148,7 +148,7 @@ def _optimized(inputs: RoutingInputs) -> Outputs:
 
 
 def _reference(inputs: RoutingInputs) -> Outputs:
-    """Routers in float64, integers by loops, and all experts on one rank."""
+    """Routers in float64, placements and integers by loops, and all experts on one rank."""
     z, bias = inputs.logits.cpu().to(torch.float64), inputs.bias.cpu().to(torch.float64)
     if inputs.kind == "hash":
         tokens = inputs.token_ids.cpu()
@@ -159,10 +159,12 @@ def _reference(inputs: RoutingInputs) -> Outputs:
         route = route_learned_ref if inputs.kind == "learned" else route_grouped_ref
         weights, experts = route(z, bias, inputs.router)
     plans = []
-    for one in inputs.maps:
-        local = remap_ref(experts, one.table.cpu())
-        want = dispatch_ref(local, one.num_local, inputs.block_m)
-        tail = max_tiles(local.numel(), one.num_local, inputs.block_m) - want.tile_expert.numel()
+    ranks = len(inputs.maps)
+    for rank in range(ranks):
+        table = expert_table_ref(inputs.router.n_experts, rank, ranks, inputs.placement)
+        local, num_local = remap_ref(experts, table), int((table >= 0).sum())
+        want = dispatch_ref(local, num_local, inputs.block_m)
+        tail = max_tiles(local.numel(), num_local, inputs.block_m) - want.tile_expert.numel()
         nothing = torch.full((tail,), -1, dtype=torch.int32)
         tiles = {name: torch.cat([getattr(want, name), nothing]) for name in ("tile_expert", "tile_first")}
         plans.append({"local": local, **vars(want), **tiles})

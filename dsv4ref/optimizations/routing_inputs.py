@@ -37,6 +37,7 @@ class RoutingInputs:
         bias: fp32 ``[E]``; zeros and unread for "hash".
         table: int64 ``[V, k]``, and token_ids int64 ``[M]``, -1 for padding rows; empty unless "hash".
         maps: one `ExpertMap` per rank.
+        placement: how the maps place experts, for an oracle that does not read them.
         block_m: rows of a tile.
         moe: tiny experts and the tokens' hidden states; None where only integers and weights are compared.
     """
@@ -48,6 +49,7 @@ class RoutingInputs:
     table: Tensor
     token_ids: Tensor
     maps: tuple[ExpertMap, ...]
+    placement: str
     block_m: int
     moe: Experts | None
 
@@ -93,7 +95,7 @@ def build(case: Case, device: str, seed: int) -> RoutingInputs:
     moe = build_experts(num_experts, rows, p["width"], generator) if p["width"] else None
     return RoutingInputs(
         p["kind"], router, logits.to(device), bias.to(device), table.to(device), token_ids.to(device), maps,
-        p["block_m"], moe,
+        p["placement"], p["block_m"], moe,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from dsv4ref.kernels.experts.dispatch import (
     plan_dispatch,
 )
 from dsv4ref.kernels.experts.expert_map import ExpertMap
-from dsv4ref.ref.dispatch import dispatch_ref, remap_ref
+from dsv4ref.ref.dispatch import dispatch_ref, expert_table_ref, remap_ref
 
 
 def assert_plan(plan: DispatchPlan, local: Tensor, num_experts: int) -> None:
@@ -128,6 +128,15 @@ def test_no_token_and_few_experts(experts: int, device: str) -> None:
     ids = torch.zeros((3, 1), dtype=torch.int32, device=device)
     with poisoned_allocations():
         assert_plan(plan_dispatch(ids, experts, block_m=2), ids, experts)
+
+
+@pytest.mark.parametrize("placement", ["linear", "round_robin"])
+@pytest.mark.parametrize(("experts", "ranks"), [(8, 1), (8, 2), (37, 3), (385, 8), (2, 5)])
+def test_a_placement_is_the_references(experts: int, ranks: int, placement: Any) -> None:
+    for rank in range(ranks):
+        got = ExpertMap.placed(experts, rank=rank, ranks=ranks, placement=placement)
+        found = identical("table", got.table, expert_table_ref(experts, rank, ranks, placement), relation="exact")
+        assert found.passed, f"rank {rank}: {found.detail}"
 
 
 @pytest.mark.parametrize(("experts", "ranks"), [(256, 8), (37, 3), (385, 4)])
