@@ -58,6 +58,11 @@ class BlockPool:
         return tuple(self._free)
 
     @property
+    def spare(self) -> int:
+        """How many these are."""
+        return len(self._free)
+
+    @property
     def owners(self) -> tuple[int, ...]:
         """Who holds blocks."""
         return tuple(self._held)
@@ -71,8 +76,8 @@ class BlockPool:
         """
         if owner in self._held or count < 0:
             raise ValueError(f"owner: {owner} asks {self.name} for {count} blocks and holds {self._held.get(owner)}")
-        if count > len(self._free):
-            raise OutOfBlocksError(f"{self.name}: {len(self._free)} of {self.blocks} blocks are free, expected {count}")
+        if count > self.spare:
+            raise OutOfBlocksError(f"{self.name}: {self.spare} of {self.blocks} blocks are free, expected {count}")
         self._held[owner] = tuple(self._free.pop() for _ in range(count))
         return self._held[owner]
 
@@ -269,20 +274,20 @@ class PagedCaches:
             )
         self.config, self.sizes, self.numerics = config, sizes, numerics
         self.nbytes = sizes.nbytes(config, numerics.dtype)
-        self.window_pool = BlockPool("window", sizes.slots * sizes.ring(config))
-        self.page_pool = BlockPool("pages", sizes.pages(config, sizes.cache_tokens))
+        blocks, pages = sizes.slots * sizes.ring(config), sizes.pages(config, sizes.cache_tokens)
         try:
-            self.layers = tuple(self._layer(ratio, device) for ratio in config.main_ratios)
+            self.layers = tuple(self._layer(ratio, blocks, pages, device) for ratio in config.main_ratios)
         except (RuntimeError, MemoryError) as error:
             raise RuntimeError(
                 f"caches: {self.nbytes} bytes could not be allocated on {device} ({error}); expected smaller slots = "
                 f"{sizes.slots} or cache_tokens = {sizes.cache_tokens}"
             ) from error
+        self.window_pool, self.page_pool = BlockPool("window", blocks), BlockPool("pages", pages)
 
-    def _layer(self, ratio: int, device: torch.device | str) -> LayerCaches:
+    def _layer(self, ratio: int, blocks: int, pages: int, device: torch.device | str) -> LayerCaches:
         # 0xFF poisons what nobody has written: NaN codes, NaN scales, NaN rope.
-        sizes, pages, dialect = self.sizes, self.page_pool.blocks, self.numerics.kv_dialect
-        window = kv_cache.allocate(self.window_pool.blocks, sizes.block_size, dialect, device=device, fill=0xFF)
+        sizes, dialect = self.sizes, self.numerics.kv_dialect
+        window = kv_cache.allocate(blocks, sizes.block_size, dialect, device=device, fill=0xFF)
         if ratio == SWA:
             return LayerCaches(window)
         entries = sizes.page_tokens // ratio
@@ -295,7 +300,7 @@ class PagedCaches:
     def fits(self, tokens: int) -> bool:
         """Whether a request of so many tokens could join now."""
         ring, pages = self.sizes.ring(self.config), self.sizes.pages(self.config, tokens)
-        return ring <= len(self.window_pool.free) and pages <= len(self.page_pool.free)
+        return ring <= self.window_pool.spare and pages <= self.page_pool.spare
 
     def open(self, owner: int, tokens: int) -> State:
         """Take a request's blocks and make its empty state over them.

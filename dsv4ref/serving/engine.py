@@ -68,7 +68,8 @@ class DecodeEngine:
         features: which optimisations; all off is the reference.
         slots: requests that run at once; more wait.
         max_length: tokens that one request computes at most.
-        cache_tokens: tokens that the compressed caches hold over all requests; default ``slots * max_length``.
+        cache_tokens: tokens that the compressed caches hold over all requests; by default every slot may hold
+            ``max_length``. With less, a request waits until pages for its longest possible length are free.
         chunk: prompt tokens of a step at most, over all requests.
         block_size: tokens per window block.
         page_tokens: tokens per page of the compressed caches.
@@ -102,9 +103,11 @@ class DecodeEngine:
         self.features = Features() if features is None else features
         self._queue = RequestQueue(slots, chunk)
         sizes = CacheSizes(
-            slots=slots, max_length=max_length, chunk=chunk, block_size=block_size, page_tokens=page_tokens,
-            cache_tokens=slots * max_length if cache_tokens is None else cache_tokens,
+            slots=slots, max_length=max_length, cache_tokens=max_length if cache_tokens is None else cache_tokens,
+            chunk=chunk, block_size=block_size, page_tokens=page_tokens,
         )  # fmt: skip
+        if cache_tokens is None:  # whole pages, request by request
+            sizes = replace(sizes, cache_tokens=slots * -(-max_length // page_tokens) * page_tokens)
         if max_length > config.max_position:
             raise ValueError(
                 f"max_length: got {max_length}, expected at most {config.max_position}, {config.name}'s positions"
