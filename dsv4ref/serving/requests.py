@@ -76,7 +76,8 @@ class Request:
 
     def tokens(self, begin: int, end: int) -> list[int]:
         """Tokens ``begin .. end - 1`` of prompt and output."""
-        return [*self.prompt, *self.output][begin:end]
+        of_prompt = len(self.prompt)
+        return [*self.prompt[begin:end], *self.output[max(0, begin - of_prompt) : max(0, end - of_prompt)]]
 
     def take(self, token: int) -> bool:
         """Append a generated token; returns whether it is the last."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from dsv4ref.accuracy.score import load_model
 from dsv4ref.accuracy.task import TASK, V4_TINY_TRAINED
+from dsv4ref.config import V4_TINY
 from dsv4ref.formats.fp8 import Dialect
 from dsv4ref.formats.scope import Scope
+from dsv4ref.ref import checkpoint, checkpoint_writer
 from dsv4ref.ref.model import Model
 from dsv4ref.ref.numerics import DEFAULT
 from dsv4ref.serving.features import Features, available
@@ -142,6 +145,16 @@ def test_features_agree_behind_the_first_c128_entry(device: str) -> None:
     off = drive(engine(model, device=device), LONG)
     on = drive(engine(model, features=replace(available(model), routing_kernels=False), device=device), LONG)
     assert on.tokens == off.tokens
+
+
+def test_a_model_in_the_released_formats_runs_with_every_feature(tmp_path: Path, device: str) -> None:
+    """MXFP4 experts, FP8 linears, an MTP block that the engine leaves alone."""
+    checkpoint_writer.write_random(tmp_path / "model", V4_TINY, seed=2)
+    model = Model(V4_TINY, checkpoint.load(tmp_path / "model", V4_TINY))
+    assert model.tensors["layers.0.ffn.experts.0.w1.weight"].dtype is torch.int8
+    arrivals = {0: [(prompt(V4_TINY, 9, 0), 3), (prompt(V4_TINY, 2, 1), 3)]}
+    runs = [drive(engine(model, features=f, device=device), arrivals) for f in (Features(), available(model))]
+    assert runs[1].tokens == runs[0].tokens
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,9 @@ def test_more_requests_than_slots_wait_in_order() -> None:
 def test_the_last_token_is_not_computed() -> None:
     request = Request(0, (5, 6), 3)
     assert request.longest == 4
+    request.output = [7, 8, 9]
+    assert [request.tokens(*span) for span in ((0, 1), (1, 3), (2, 4), (4, 5))] == [[5], [6, 7], [7, 8], [9]]
+    request.output = []
     assert [request.take(token) for token in (7, 8, 9)] == [False, False, True]
 
 
