@@ -81,7 +81,8 @@ def test_blocks_that_others_left_full_of_poison_change_no_token(unrounded: Model
         for layer in subject.caches.layers:
             for cache in (layer.window, layer.compressed):
                 if cache is not None:
-                    cache.data.untyped_storage().fill_(0xFF)
+                    cache.data.fill_(0xFF)
+                    cache.entry_scales.fill_(0xFF)
             if layer.index_keys is not None:
                 layer.index_keys.fill_(torch.nan)
 

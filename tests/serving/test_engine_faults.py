@@ -19,7 +19,7 @@ from dsv4ref.ref.numerics import DEFAULT
 from dsv4ref.serving import blocks
 from dsv4ref.serving.engine import DecodeEngine
 from dsv4ref.serving.features import Features
-from dsv4ref.serving.requests import Status
+from dsv4ref.serving.requests import Request, Status
 
 CONFIG = slice_model((0,)).config
 PROMPTS = [prompt(CONFIG, length, seed) for seed, length in enumerate((7, 26, 3))]
@@ -184,7 +184,8 @@ def test_a_request_cancelled_in_the_middle_of_a_step_leaves_when_it_ends(model: 
 def test_a_step_that_fails_changes_nothing_and_can_be_tried_again(model: Model, healthy: Run) -> None:
     subject = submitted(model)
     on_call(subject, 3, raise_no_memory)
-    failures, done = 0, {}
+    failures = 0
+    done: dict[int, Request] = {}
     while not subject.idle:
         before = {request.id: (request.computed, tuple(request.output)) for request in subject._queue.running}
         try:

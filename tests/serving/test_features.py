@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_cached_projection_dequantises_nothing_and_follows_a_weight_that_changes
     given = (o, 0, torch.tensor([3, 40]), freqs)
     got, want = kept.project(*given), stepwise.project(*given)
     torch.testing.assert_close(got, want, rtol=2**-7, atol=2**-7 * float(want.abs().max()))
-    counted = [count_launches(lambda ops=ops: ops.project(*given), warmup=0) for ops in (kept, stepwise)]
+    counted = [count_launches(partial(ops.project, *given), warmup=0) for ops in (kept, stepwise)]
     assert not any("dequantise" in name for name in counted[0].kernels)
     if (
         device == "cpu"
@@ -140,6 +141,6 @@ def test_shrink_tail_fill_clears_nothing_in_a_steady_state(device: str) -> None:
         prepare = compose(slice_model((0,)), Features(shrink_tail_fill=on), device).prepare_lists
         buffers = TailFilled(4, 8, device)
         prepare(buffers, 3)
-        counted = count_launches(lambda b=buffers, p=prepare: p(b, 3), warmup=0)
+        counted = count_launches(partial(prepare, buffers, 3), warmup=0)
         cleared.append(len(counted.fills) + len(counted.kernels))
     assert cleared == [3, 0]
