@@ -1,0 +1,108 @@
+"""What the engine may do faster than the reference: one switch per optimisation that has a kernel in this package.
+
+Everything off is the reference model on paged caches. A part without a fast kernel (compressor, indexer, residual
+streams, experts, prefill attention) has no switch and is the reference's either way. The gathers and the two-launch
+decode of chapters 09 and 11 have none either: they serve AITER's kernels, and `sparse_mla_decode` needs neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from dsv4ref.formats.fp8 import Dialect
+from dsv4ref.ref.model import Model
+from dsv4ref.ref.projection import WEIGHT_BLOCK
+from dsv4ref.ref.weights import block_name
+
+__all__ = ["Features", "available", "check_available", "unavailable"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """The switches; all off by default.
+
+    Args:
+        sparse_decode: decode rows attend through `dsv4ref.kernels.sparse_mla.sparse_mla_decode`, one launch per layer,
+            with one static launch shape, into memory of its own that is then copied.
+        launch_shape: that kernel's launch shape is selected by the live shape (chapter 05).
+        output_passthrough: that kernel writes into the layer's output rows (chapter 06).
+        cached_projection: the bf16 copy of an FP8 ``wo_a`` is made once and followed (chapter 08).
+        routing_kernels: experts and weights come from one launch per layer (chapter 03).
+        shrink_tail_fill: of the persistent list buffers only the tail that shrank is cleared (chapter 16).
+
+    Raises:
+        TypeError: a switch is no bool.
+        ValueError: a switch refines another one that is off.
+    """
+
+    sparse_decode: bool = field(default=False, metadata={"chapter": "decode_launch_shape"})
+    launch_shape: bool = field(default=False, metadata={"chapter": "decode_launch_shape"})
+    output_passthrough: bool = field(default=False, metadata={"chapter": "output_passthrough"})
+    cached_projection: bool = field(default=False, metadata={"chapter": "cached_projection"})
+    routing_kernels: bool = field(default=False, metadata={"chapter": "expert_routing"})
+    shrink_tail_fill: bool = field(default=False, metadata={"chapter": "shrink_tail_fill"})
+
+    def __post_init__(self) -> None:
+        for name, value in self.switches().items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: got {value!r}, expected True or False")
+        for name in ("launch_shape", "output_passthrough"):
+            if getattr(self, name) and not self.sparse_decode:
+                raise ValueError(f"{name}: got True, expected False without sparse_decode, whose kernel it is about")
+
+    def switches(self) -> Mapping[str, bool]:
+        """Name -> whether it is on, in the order of the fields."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+def unavailable(model: Model) -> Mapping[str, str]:
+    """The switches that a model cannot turn on, and why: name -> reason.
+
+    Args:
+        model: its weights and formats decide.
+    """
+    numerics = model.numerics
+    reasons: dict[str, str] = {}
+    if not numerics.round_bf16:
+        reason = "numerics have round_bf16=False, and the kernel's queries and outputs are bf16"
+        reasons |= dict.fromkeys(("sparse_decode", "launch_shape", "output_passthrough", "cached_projection"), reason)
+    elif (unfit := _unfit_projection(model)) is not None:
+        reasons["cached_projection"] = unfit
+    if numerics.dtype is not torch.float32:
+        reasons["routing_kernels"] = f"numerics have dtype {numerics.dtype}, and the router's arithmetic is fp32"
+    return reasons
+
+
+def _unfit_projection(model: Model) -> str | None:
+    """Why there is no ``wo_a`` to keep a bf16 copy of."""
+    for layer in range(model.config.n_layers):
+        name = f"{block_name(model.config, layer)}.attn.wo_a.weight"
+        weight = model.tensors[name]
+        if weight.dtype not in {dialect.dtype for dialect in Dialect}:
+            return f"{name} is stored in {weight.dtype}, and only an FP8 weight is dequantised"
+        if any(size % WEIGHT_BLOCK for size in weight.shape):
+            return f"{name} is {list(weight.shape)}, and the kernel takes multiples of {WEIGHT_BLOCK}"
+    return None
+
+
+def available(model: Model) -> Features:
+    """Every switch on that the model can turn on."""
+    reasons = unavailable(model)
+    return Features(**{item.name: item.name not in reasons for item in fields(Features)})
+
+
+def check_available(model: Model, features: Features) -> None:
+    """The model can turn on what is asked for.
+
+    Raises:
+        TypeError: no `Features`.
+        ValueError: names the first switch that it cannot, and why.
+    """
+    if not isinstance(features, Features):
+        raise TypeError(f"features: got {type(features).__name__}, expected a Features")
+    for name, reason in unavailable(model).items():
+        if getattr(features, name):
+            raise ValueError(f"features: got {name}=True, expected False: {reason}")

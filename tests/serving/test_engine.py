@@ -1,0 +1,247 @@
+"""The engine gives every request the tokens that it would get alone, and the same ones with every feature on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from engine_runs import Arrivals, Run, agreed, alone, drive, engine, error_norms, plain_attend, prompt, slice_model
+from torch import Tensor
+
+from dsv4ref.accuracy.score import load_model
+from dsv4ref.accuracy.task import TASK, V4_TINY_TRAINED
+from dsv4ref.config import V4_TINY
+from dsv4ref.formats.fp8 import Dialect
+from dsv4ref.formats.scope import Scope
+from dsv4ref.ref import checkpoint, checkpoint_writer
+from dsv4ref.ref.model import Model
+from dsv4ref.ref.numerics import DEFAULT
+from dsv4ref.serving.features import Features, available
+
+CONFIG = slice_model((0,)).config
+# Joins in the middle of others, more requests than slots, prompts in several chunks, the window's wrap at 24 tokens.
+ARRIVALS: Arrivals = {
+    0: [(prompt(CONFIG, 5, 0), 7), (prompt(CONFIG, 29, 1), 4)],
+    2: [(prompt(CONFIG, 1, 2), 6)],
+    3: [(prompt(CONFIG, 9, 3), 3)],
+}
+# The C128 entry that position 127 closes; the chunk leaves a token over.
+LONG: Arrivals = {0: [(prompt(CONFIG, 124, 4), 7)], 1: [(prompt(CONFIG, 6, 5), 6)]}
+
+
+# --- joins, leaves, chunks: against the reference model, one request at a time ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unrounded() -> Model:
+    """Without bf16 roundings, which turn another order of sums into another choice of experts now and then."""
+    return slice_model(numerics=replace(DEFAULT, round_bf16=False))
+
+
+@pytest.fixture(scope="module")
+def expected(unrounded: Model) -> Run:
+    return alone(unrounded, ARRIVALS)
+
+
+def assert_equal(run: Run, expected: Run) -> None:
+    assert run.tokens == expected.tokens
+    norms = error_norms(run, expected)
+    assert max(norms.values()) < 1e-3, norms
+
+
+def test_a_request_gets_in_company_what_the_reference_model_gives_it_alone(unrounded: Model, expected: Run) -> None:
+    run = drive(engine(unrounded), ARRIVALS)
+    assert_equal(run, expected)
+    assert {id: len(tokens) for id, tokens in run.tokens.items()} == {0: 7, 1: 4, 2: 6, 3: 3}
+    assert all(decoded <= 3 and prefilled <= 20 for decoded, prefilled in run.rows), run.rows
+    assert any(decoded and prefilled for decoded, prefilled in run.rows), "decode and prompt rows in one step"
+
+
+def test_entries_that_a_chunk_or_a_decoded_token_closes_are_the_references(unrounded: Model) -> None:
+    assert_equal(drive(engine(unrounded), LONG), alone(unrounded, LONG))
+
+
+@pytest.mark.parametrize(("chunk", "block_size", "page_tokens"), [(1, 8, 128), (7, 64, 256), (200, 24, 384)])
+def test_chunks_and_block_sizes_change_no_token(
+    chunk: int, block_size: int, page_tokens: int, unrounded: Model, expected: Run
+) -> None:
+    subject = engine(unrounded, chunk=chunk, block_size=block_size, page_tokens=page_tokens)
+    assert_equal(drive(subject, {0: [request for requests in ARRIVALS.values() for request in requests]}), expected)
+
+
+def test_blocks_that_others_left_full_of_poison_change_no_token(unrounded: Model, expected: Run) -> None:
+    """A request reads no row that it has not written: what former owners leave in its blocks is NaN here."""
+    subject = engine(unrounded)
+    for _ in range(2):
+        run = drive(subject, ARRIVALS)
+        assert list(run.tokens.values()) == list(expected.tokens.values())
+        for layer in subject.caches.layers:
+            for cache in (layer.window, layer.compressed):
+                if cache is not None:
+                    cache.data.fill_(0xFF)
+                    cache.entry_scales.fill_(0xFF)
+            if layer.index_keys is not None:
+                layer.index_keys.fill_(torch.nan)
+
+
+def test_a_stop_token_ends_a_request_and_others_go_on(unrounded: Model, expected: Run) -> None:
+    subject = engine(unrounded)
+    first, second = ARRIVALS[0]
+    stop = expected.tokens[0][2]
+    ended = subject.submit(first[0], first[1], stop=[stop])
+    other = subject.submit(torch.tensor(second[0]), second[1])
+    done = subject.run()
+    assert done[ended].output == expected.tokens[0][: expected.tokens[0].index(stop) + 1]
+    assert done[other].output == expected.tokens[1]
+
+
+# --- features on against off ------------------------------------------------------------------------------------------
+
+
+def assert_same(run: Run, reference: Run, budget: float) -> None:
+    """Equal tokens, or a first divergence between two tokens whose logits differ by no more than twice the budget."""
+    assert run.tokens.keys() == reference.tokens.keys()
+    for id, tokens in reference.tokens.items():
+        at = agreed(run, reference, id)
+        if at == len(tokens):
+            continue
+        logits, other = reference.logits[id][at], run.tokens[id][at]
+        margin = float(logits.max() - logits[other])
+        where = f"request {id}, token {at}: got {other}, expected {tokens[at]}"
+        assert margin <= 2 * budget, f"{where}, {margin} apart with a budget of {budget}"
+
+
+def largest_error(run: Run, reference: Run) -> float:
+    """The largest error of a logit while the tokens agree."""
+    worst = 0.0
+    for id in reference.tokens:
+        for got, want in zip(run.logits[id], reference.logits[id][: agreed(run, reference, id) + 1], strict=False):
+            worst = max(worst, float((got - want).abs().max()))
+    return worst
+
+
+def plain_run(model: Model, device: str) -> Run:
+    """The reference engine with the straightforward bf16 attention in decode rows."""
+    subject = engine(model, device=device)
+    subject.operations = replace(subject.operations, attend=plain_attend(model))
+    return drive(subject, ARRIVALS)
+
+
+def test_every_feature_on_gives_the_tokens_of_every_feature_off(device: str) -> None:
+    model = slice_model()
+    features = available(model)
+    assert all(features.switches().values())
+    off = drive(engine(model, device=device), ARRIVALS)
+    on = drive(engine(model, features=features, device=device), ARRIVALS)
+    assert_same(on, off, 2 * largest_error(plain_run(model, device), off))
+    assert on.rows == off.rows
+
+
+def test_features_agree_behind_the_first_c128_entry(device: str) -> None:
+    """All but the router's kernels, which the test above has: interpreted, they take longer than all the rest."""
+    model = slice_model()
+    off = drive(engine(model, device=device), LONG)
+    on = drive(engine(model, features=replace(available(model), routing_kernels=False), device=device), LONG)
+    assert on.tokens == off.tokens
+
+
+def test_a_model_in_the_released_formats_runs_with_every_feature(tmp_path: Path, device: str) -> None:
+    """MXFP4 experts, FP8 linears, an MTP block that the engine leaves alone."""
+    checkpoint_writer.write_random(tmp_path / "model", V4_TINY, seed=2)
+    model = Model(V4_TINY, checkpoint.load(tmp_path / "model", V4_TINY))
+    assert model.tensors["layers.0.ffn.experts.0.w1.weight"].dtype is torch.int8
+    arrivals = {0: [(prompt(V4_TINY, 9, 0), 3), (prompt(V4_TINY, 2, 1), 3)]}
+    runs = [drive(engine(model, features=f, device=device), arrivals) for f in (Features(), available(model))]
+    assert runs[1].tokens == runs[0].tokens
+
+
+@pytest.fixture(scope="module")
+def smooth() -> Model:
+    """Without a choice that an error could flip: all layers route by token id, and top-k keeps every entry."""
+    model = slice_model(numerics=replace(DEFAULT, kv_dialect=Dialect.FNUZ))
+    tensors = dict(model.tensors)
+    for layer in (1, 2):
+        tensors.pop(f"layers.{layer}.ffn.gate.bias")
+        tensors[f"layers.{layer}.ffn.gate.tid2eid"] = tensors["layers.0.ffn.gate.tid2eid"]
+    return Model(replace(model.config, n_hash_layers=3, index_topk=64), tensors, model.numerics)
+
+
+@pytest.fixture(scope="module")
+def smooth_off(smooth: Model, device: str) -> Run:
+    return drive(engine(smooth, device=device), ARRIVALS)
+
+
+@pytest.fixture(scope="module")
+def smooth_plain(smooth: Model, device: str) -> Run:
+    return plain_run(smooth, device)
+
+
+def assert_within_budget(run: Run, off: Run, plain: Run) -> None:
+    """Every request's logits within twice the error of plain bf16 attention, and its tokens with them."""
+    allowed = error_norms(plain, off)
+    for id, norm in error_norms(run, off).items():
+        assert norm <= 2 * allowed[id], f"request {id}: error {norm}, plain bf16 attention {allowed[id]}"
+    assert_same(run, off, 2 * largest_error(plain, off))
+
+
+def test_logits_stay_within_twice_the_error_of_plain_bf16_attention(
+    smooth: Model, smooth_off: Run, smooth_plain: Run, device: str
+) -> None:
+    features = replace(available(smooth), routing_kernels=False)
+    assert_within_budget(drive(engine(smooth, features=features, device=device), ARRIVALS), smooth_off, smooth_plain)
+
+
+@pytest.mark.parametrize("bug", ["the oldest key is dropped", "requests change places", "no compressed entries"])
+def test_the_budget_sees_an_attention_that_is_wrong(
+    bug: str, smooth: Model, smooth_off: Run, smooth_plain: Run, device: str
+) -> None:
+    subject = engine(smooth, device=device)
+    right = plain_attend(smooth)
+
+    def wrong(q: Tensor, window: Scope, compressed: Scope | None, sink: Tensor, out: Tensor) -> Tensor:
+        if bug == "the oldest key is dropped":
+            window.indices[window.indptr[:-1].long()] = -1
+        if bug == "no compressed entries":
+            compressed = None
+        o = right(q, window, compressed, sink, out)
+        return o.flip(0) if bug == "requests change places" else o
+
+    subject.operations = replace(subject.operations, attend=wrong)
+    with pytest.raises(AssertionError, match="plain bf16 attention"):
+        assert_within_budget(drive(subject, ARRIVALS), smooth_off, smooth_plain)
+
+
+# --- the trained model ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def questions() -> Mapping[int, list[tuple[list[int], int]]]:
+    """Two sequences up to the first question's key, so that the first token is its answer."""
+    examples = TASK.examples(2, 77)
+    return {0: [(row[: examples.tail + 2].tolist(), 8) for row in examples.tokens]}
+
+
+def test_the_trained_model_answers_and_features_change_no_token(
+    questions: Mapping[int, list[tuple[list[int], int]]], device: str
+) -> None:
+    trained, examples = load_model(), TASK.examples(2, 77)
+    sizes = {"slots": 2, "max_length": 300, "chunk": 400, "device": device}
+    off = drive(engine(trained, **sizes), questions)
+    answers = [int(row[examples.tail + 2]) for row in examples.tokens]
+    assert [off.tokens[id][0] for id in (0, 1)] == answers
+    features = replace(available(trained), routing_kernels=False)
+    on = drive(engine(trained, features=features, **sizes), questions)
+    assert on.tokens == off.tokens
+    assert on.rows == off.rows
+
+
+def test_the_trained_model_with_every_feature_that_it_has(device: str) -> None:
+    trained = load_model()
+    features = available(trained)
+    assert features == replace(Features(**dict.fromkeys(features.switches(), True)), cached_projection=False)
+    arrivals = {0: [(prompt(V4_TINY_TRAINED, 21, 8), 6), (prompt(V4_TINY_TRAINED, 11, 9), 6)]}
+    runs = [drive(engine(trained, features=f, device=device), arrivals) for f in (Features(), features)]
+    assert runs[1].tokens == runs[0].tokens
