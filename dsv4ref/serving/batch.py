@@ -3,7 +3,7 @@
 Rows of decoding requests come first, so that kernels take one leading slice of every tensor; prompt rows follow. A row
 at position p attends to the window slots of ``max(0, p - W + 1) .. p`` and to the slots of its compressed entries.
 
-The lists of decode rows lie in buffers that keep their addresses (`DecodeLists`); those of prompt rows, which no graph
+The lists of decode rows lie in buffers that keep their addresses (`SlotLists`); those of prompt rows, which no graph
 captures, are made anew in every step.
 
 Source: the split into decode and prefill rows, and the ragged lists, as in vLLM's DeepSeek-V4 backend on ROCm.
@@ -22,7 +22,7 @@ from dsv4ref.formats.scope import Scope, ragged
 from dsv4ref.serving.requests import Segment
 from dsv4ref.serving.tail_fill import TailFilled
 
-__all__ = ["Batch", "DecodeLists", "make_batch", "prompt_scope"]
+__all__ = ["Batch", "SlotLists", "make_batch", "prompt_scope"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def make_batch(segments: Sequence[Segment]) -> Batch:
     return Batch(tuple(segments), decodes, torch.tensor(tokens), torch.tensor(positions), tuple(rows))
 
 
-class DecodeLists:
+class SlotLists:
     """The slot lists of a step's decode rows in one kind of cache, at addresses that never change.
 
     Args:

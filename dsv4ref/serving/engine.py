@@ -32,7 +32,7 @@ from dsv4ref.ref.norms import rms_norm_ref
 from dsv4ref.ref.rope import layer_frequencies
 from dsv4ref.ref.state import LayerState, State
 from dsv4ref.ref.weights import Weights, block_name
-from dsv4ref.serving.batch import Batch, DecodeLists, make_batch, prompt_scope
+from dsv4ref.serving.batch import Batch, SlotLists, make_batch, prompt_scope
 from dsv4ref.serving.blocks import CacheSizes, PagedCaches, RequestRows
 from dsv4ref.serving.features import Features
 from dsv4ref.serving.operations import compose, reference_attention
@@ -118,7 +118,7 @@ class DecodeEngine:
         # By ratio, the most slots of a row: the window's under 0, then each kind of compressed entries.
         self._widths = {SWA: config.window_size, C4: config.index_topk, C128: max(1, max_length // C128)}
         self._lists = {
-            ratio: DecodeLists(slots, self._widths[ratio], device, self.operations.prepare_lists)
+            ratio: SlotLists(slots, self._widths[ratio], device, self.operations.prepare_lists)
             for ratio in sorted({SWA, *config.main_ratios})
         }
         # NaN: a row that an operation leaves unwritten is heard.
