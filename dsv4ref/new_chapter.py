@@ -32,7 +32,7 @@ PARTS: Mapping[str, str] = MappingProxyType(
     {
         "I": "ground truth",
         "II": "sparse MLA decode",
-        "III": "MXFP4 experts",
+        "III": "MXFP4 MoE",
         "IV": "orchestration",
         "V": "after the sources",
     }

@@ -24,7 +24,7 @@ PARTS: Mapping[str, tuple[str, range]] = {
     "": ("Start here", range(1)),
     "I": ("Part I: ground truth", range(1, 4)),
     "II": ("Part II: sparse MLA decode", range(4, 12)),
-    "III": ("Part III: MXFP4 experts", range(12, 15)),
+    "III": ("Part III: MXFP4 MoE", range(12, 15)),
     "IV": ("Part IV: orchestration", range(15, 18)),
     "V": ("Part V: after the sources", range(18, 100)),
 }

@@ -94,7 +94,7 @@ def test_its_gates_pass_and_catch_every_planted_bug(made: tuple[Path, subprocess
     done = python(made[0], "-c", ASK, LONGEST)
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["place"] == [97, "A toy: one pass", "III MXFP4 experts"]
+    assert said["place"] == [97, "A toy: one pass", "III MXFP4 MoE"]
     assert said["gates"] == dict.fromkeys(("tiny", "tiny-odd", "tiny-none"), True)
     assert said["hazards"] == dict.fromkeys(("tail-unwritten", "rounded-between", "not-clamped"), True)
     assert said["again"] == f"ID: '{LONGEST}' is taken by 97_{LONGEST}.ipynb, expected a new one"
