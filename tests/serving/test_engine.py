@@ -82,7 +82,6 @@ def test_blocks_that_others_left_full_of_poison_change_no_token(unrounded: Model
             for cache in (layer.window, layer.compressed):
                 if cache is not None:
                     cache.data.fill_(0xFF)
-                    cache.entry_scales.fill_(0xFF)
             if layer.index_keys is not None:
                 layer.index_keys.fill_(torch.nan)
 
