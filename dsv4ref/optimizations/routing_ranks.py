@@ -6,8 +6,8 @@ Every rank builds the case's inputs from the same seed, takes its share of the t
 (`dsv4ref.kernels.experts.expert_parallel`) exchanges tokens, computes this rank's experts and sums. Rank 0 compares the
 collected rows with what one rank computes, and prints one JSON line. gloo and CPU tensors without a GPU, else NCCL.
 
-A shared expert (here: twice its input) is added once. The tokens are split unevenly, and ``--idle`` gives the last rank
-none.
+A shared expert (here: twice its input) is added once. The batch runs twice: split unevenly, and with no token on the
+last rank.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from dsv4ref.kernels.experts.expert_parallel import expert_parallel
 from dsv4ref.optimizations import expert_routing
 from dsv4ref.optimizations.base import case_seed
 from dsv4ref.optimizations.routing_experts import Experts, routed
+from dsv4ref.optimizations.routing_inputs import RoutingInputs
 
 __all__ = ["run_ranks", "shares"]
 
 _LAUNCHER = ("-m", "torch.distributed.run")
 
 
-def run_ranks(ranks: int, case: str, *, seed: int, idle: bool = False, timeout: float = 120.0) -> dict[str, Any]:
+def run_ranks(ranks: int, case: str, *, seed: int, timeout: float = 120.0) -> dict[str, Any]:
     """Run a case under ``torch.distributed.run`` on this machine and return rank 0's line.
 
     Args:
         ranks: processes, at least 1.
         case: one of the chapter's with experts to compute and learned or grouped routing.
         seed: the run's seed.
-        idle: the last rank has no token of its own.
         timeout: seconds until the processes are ended.
 
     Returns:
-        ``passed, detail, backend, ranks, tokens`` (per rank), ``slots`` (computed, per rank).
+        ``passed, detail, backend, ranks``, and for both splits ``tokens`` and ``slots`` computed, per rank.
 
     Raises:
         RuntimeError: a process failed; the message ends with its last lines.
@@ -62,7 +62,7 @@ def run_ranks(ranks: int, case: str, *, seed: int, idle: bool = False, timeout: 
         port = free.getsockname()[1]
     command = [
         sys.executable, *_LAUNCHER, "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1",
-        "--master-port", str(port), "-m", __name__, "--case", case, "--seed", str(seed), *(["--idle"] if idle else []),
+        "--master-port", str(port), "-m", __name__, "--case", case, "--seed", str(seed),
     ]  # fmt: skip
     # The interpreter's choice is made anew in every process, and torchrun would warn about threads otherwise.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
@@ -112,15 +112,33 @@ def _shared(x: Tensor) -> Tensor:
     return 2.0 * x
 
 
-def _work(case: str, seed: int, idle: bool) -> dict[str, Any] | None:
+def _work(case: str, seed: int) -> dict[str, Any] | None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     device = "cpu" if dist.get_backend() == "gloo" else f"cuda:{rank}"
     opt = expert_routing.OPTIMIZATION
     inputs = opt.make_inputs(opt.case(case), device, case_seed(opt.id, case, seed))
     if inputs.moe is None:
         raise ValueError(f"case: got {case!r}, expected one with experts to compute")
-    rows = inputs.logits.shape[0]
-    tokens = shares(rows, ranks, idle=idle)
+    splits = [_split(inputs, inputs.moe, device, shares(inputs.logits.shape[0], ranks, idle=i)) for i in (False, True)]
+    if rank:
+        return None
+    want = opt.reference(inputs)
+    alone, asked = want["routed"] + _shared(inputs.moe.x), int((want["experts"] >= 0).sum())
+    found = [compare.close("y", y, alone, compare.TOLERANCES["routed_sum"]) for y, _, _ in splits]
+    slots = [counts for _, _, counts in splits]
+    return {
+        "passed": all(c.passed for c in found) and all(sum(counts) == asked for counts in slots),
+        "detail": "; ".join(f"{c.detail}; {sum(n)} of {asked} slots" for c, n in zip(found, slots, strict=True)),
+        "backend": dist.get_backend(),
+        "ranks": ranks,
+        "tokens": [tokens for _, tokens, _ in splits],
+        "slots": slots,
+    }
+
+
+def _split(inputs: RoutingInputs, moe: Experts, device: str, tokens: list[int]) -> tuple[Tensor, list[int], list[int]]:
+    """The layer under one split of the tokens: everybody's rows, tokens and slots per rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     first = sum(tokens[:rank])
     mine = slice(first, first + tokens[rank])
     own = replace(inputs, logits=inputs.logits[mine].contiguous())
@@ -128,29 +146,15 @@ def _work(case: str, seed: int, idle: bool) -> dict[str, Any] | None:
         own = replace(own, token_ids=inputs.token_ids[mine].contiguous())
     weights, experts = expert_routing.optimized_route(own)
     one = ExpertMap.placed(inputs.router.n_experts, rank=rank, ranks=ranks, device=device)
-    x = inputs.moe.x[mine].to(device, torch.float32)
+    x = moe.x[mine].to(device, torch.float32)
     computed: list[int] = []
     y = expert_parallel(
-        x, weights, experts, one, _local_experts(inputs.moe, one, computed), capacity=max(1, *tokens), shared=_shared
+        x, weights, experts, one, _local_experts(moe, one, computed), capacity=max(1, *tokens), shared=_shared
     )
 
     parts: list[Any] = [None] * ranks
     dist.all_gather_object(parts, (y.cpu(), computed[0]))
-    if rank:
-        return None
-    want = opt.reference(inputs)
-    alone = want["routed"] + _shared(inputs.moe.x)
-    found = compare.close("y", torch.cat([part for part, _ in parts]), alone, compare.TOLERANCES["routed_sum"])
-    slots = [count for _, count in parts]
-    asked = int((want["experts"] >= 0).sum())
-    return {
-        "passed": found.passed and sum(slots) == asked,
-        "detail": f"{found.detail}; {sum(slots)} of {asked} slots computed",
-        "backend": dist.get_backend(),
-        "ranks": ranks,
-        "tokens": tokens,
-        "slots": slots,
-    }
+    return torch.cat([part for part, _ in parts]), tokens, [count for _, count in parts]
 
 
 def main() -> None:
@@ -158,14 +162,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", default="tiny-two-blocks")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--idle", action="store_true")
     arguments = parser.parse_args()
     compiled = kernels.mode() == "compiled"
     if compiled:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if compiled else "gloo")
     try:
-        found = _work(arguments.case, arguments.seed, arguments.idle)
+        found = _work(arguments.case, arguments.seed)
         if found is not None:
             print(json.dumps(found), flush=True)
     finally:

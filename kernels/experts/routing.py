@@ -6,7 +6,7 @@ k ids and k weights. Arithmetic and selection are fp32 whatever the logits are s
 Selection is exact and total. A biased score becomes a 64-bit key, its order in the upper half and the expert's number,
 counted down, in the lower, and the k largest keys win one after the other. So
 
-* equal scores go to the lower expert, and -0 equals +0;
+* equal scores go to the lower expert;
 * NaN ranks below -inf: an expert without a number is chosen only when nothing else is left (in V3.2: in the kept
   groups), so ids are distinct and in range for any input;
 * weights follow the formula: a chosen NaN or +inf makes NaN of that row's weights, which is visible downstream. Where
@@ -74,8 +74,10 @@ def _score(z, SCORING: tl.constexpr):
 
 @triton.jit
 def _keys(values, numbers):
-    """int64 keys: larger for larger values, then for lower numbers; NaN below every number."""
-    values = tl.where(values == 0.0, 0.0, values)
+    """int64 keys: larger for larger values, then for lower numbers; NaN below every number.
+
+    -0 would rank below +0, but a score is at least +0, and +0 plus any bias is no -0.
+    """
     bits = values.to(tl.int32, bitcast=True)
     order = tl.where(bits < 0, bits ^ _LAST, bits)
     order = tl.where(values == values, order, _NO_NUMBER)

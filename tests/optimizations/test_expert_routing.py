@@ -25,11 +25,11 @@ def built(name: str, device: str) -> RoutingInputs:
 
 @INTERPRETED
 def test_two_ranks_give_what_one_gives_even_if_one_has_no_token_and_no_slot() -> None:
-    found = routing_ranks.run_ranks(2, "tiny-idle-rank", seed=SEED, idle=True)
+    found = routing_ranks.run_ranks(2, "tiny-idle-rank", seed=SEED)
     assert found["passed"], found["detail"]
     assert found["backend"] == "gloo"
-    assert found["tokens"] == [6, 0]
-    assert found["slots"] == [36, 0]
+    assert found["tokens"] == [[4, 2], [6, 0]]
+    assert found["slots"] == [[36, 0], [36, 0]]
 
 
 @pytest.mark.parametrize(
