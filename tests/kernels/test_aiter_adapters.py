@@ -11,7 +11,7 @@ import pytest
 import torch
 from aiter_calls import FP8, build
 
-from dsv4ref.kernels.aiter import adapters
+from dsv4ref.kernels.aiter import adapters, operators
 from dsv4ref.kernels.aiter.adapters import UnsupportedError
 from dsv4ref.kernels.aiter.contract import CONTRACT
 from dsv4ref.kernels.aiter.emulation import MlaVersion, emulated_library
@@ -220,17 +220,17 @@ PAGED = {"q": fp8(2, 1, 64, 128), "cache": torch.zeros(3, 64, 1, 132, dtype=torc
 
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "mla_decode_fwd_v4_nm": (adapters.mla_decode_v4_nm, V4_NM),
-    "pa_decode_sparse": (adapters.sparse_decode, SPARSE),
-    "pa_prefill_sparse": (adapters.sparse_prefill, SPARSE),
-    "biased_grouped_topk": (adapters.biased_grouped_topk, {**ROUTING, "groups": 8, "topk_groups": 4}),
-    "topk_gating": (adapters.topk_gating, {**ROUTING, "score": "sqrtsoftplus"}),
+    "pa_decode_sparse": (operators.sparse_decode, SPARSE),
+    "pa_prefill_sparse": (operators.sparse_prefill, SPARSE),
+    "biased_grouped_topk": (operators.biased_grouped_topk, {**ROUTING, "groups": 8, "topk_groups": 4}),
+    "topk_gating": (operators.topk_gating, {**ROUTING, "score": "sqrtsoftplus"}),
     "top_k_per_row_prefill": (
-        adapters.topk_rows_prefill,
+        operators.topk_rows_prefill,
         {**TOPK, "starts": i32(2), "ends": i32(2), "values": torch.zeros(2, 4)},
     ),
-    "top_k_per_row_decode": (adapters.topk_rows_decode, {**TOPK, "lengths": i32(2), "next_n": 1}),
-    "fp8_mqa_logits": (adapters.mqa_logits, LOGITS),
-    "deepgemm_fp8_paged_mqa_logits": (adapters.paged_mqa_logits, PAGED),
+    "top_k_per_row_decode": (operators.topk_rows_decode, {**TOPK, "lengths": i32(2), "next_n": 1}),
+    "fp8_mqa_logits": (operators.mqa_logits, LOGITS),
+    "deepgemm_fp8_paged_mqa_logits": (operators.paged_mqa_logits, PAGED),
 }
 
 
@@ -311,11 +311,11 @@ def test_packed_rows_stay_below_24_bits() -> None:
 
 
 def test_rows_without_keys_are_zeroed_after_the_sparse_decode() -> None:
-    out = adapters.sparse_decode(recording()[0], **SPARSE)
+    out = operators.sparse_decode(recording()[0], **SPARSE)
     assert (out[0] == 1).all()
     assert (out[1] == 0).all()
 
 
 def test_the_sparse_prefill_is_refused_on_gfx942() -> None:
     with pytest.raises(ValueError, match="pa_prefill_sparse cannot take a sink on gfx942"):
-        adapters.sparse_prefill(recording("gfx942")[0], **SPARSE)
+        operators.sparse_prefill(recording("gfx942")[0], **SPARSE)
