@@ -110,7 +110,7 @@ def table(rows: Sequence[Row], columns: Sequence[Column | str], caption: str = "
     )
     body = "".join(
         "<tr>"
-        + "".join(f'<td style="{_align(r)}">{_inline(c)}</td>' for c, r in zip(line, right, strict=True))
+        + "".join(f'<td style="{_align(r, c.text)}">{_inline(c)}</td>' for c, r in zip(line, right, strict=True))
         + "</tr>"
         for line in cells
     )
@@ -311,8 +311,13 @@ def _esc(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _align(right: bool) -> str:
-    return f"padding:0.2em 0.7em;text-align:{'right;white-space:nowrap' if right else 'left'}"
+_LONGEST_NAME = 24
+
+
+def _align(right: bool, text: str = "") -> str:
+    # A name such as flash-1024 would break at its hyphen; long ones may, so that a table still fits its page.
+    whole = right or (0 < len(text) <= _LONGEST_NAME and " " not in text)
+    return f"padding:0.2em 0.7em;text-align:{'right' if right else 'left'}{';white-space:nowrap' if whole else ''}"
 
 
 def _inline(cell: _Cell) -> str:
