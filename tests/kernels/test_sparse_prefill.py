@@ -39,7 +39,7 @@ def assert_same(got: Tensor, want: Tensor, why: str = "") -> None:
 
 
 def workspace(call: Call, stride: int = 512) -> tuple[Tensor, Tensor, Tensor]:
-    """kv, indices and lengths of a decode call: its caches dequantised one after the other, NaN in between and past the end.
+    """kv, indices and lengths of a decode call: its caches dequantised in a row, NaN between and behind them.
 
     An SWA slot past its cache would be an extra row here, so slots that are not valid become negative or too large.
     """
