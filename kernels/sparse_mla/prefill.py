@@ -9,13 +9,16 @@ therefore dequantises a chunk's keys once, into a bf16 workspace, and every quer
 * Straight from the 584-byte caches, a prefill is `sparse_mla_decode` with one query row per token: same lists, same
   arithmetic, no workspace, and every key decoded again by every row that lists it. There is no second kernel for it.
 
+Prefill has no reduce, so the rotation back to the query's position sits in this kernel's epilogue or in a pass of its
+own over the output; on gfx942 and gfx950 the epilogue costs a few registers, no spill and no wave.
+
 One program handles BLOCK_H heads of one query row and walks the row's list BLOCK_K keys at a time; everything after the
 load of the keys is the decode's arithmetic line by line, so that equal tiles see equal operands in equal order.
 
 The current chunk's keys have to come from the cache as well, not from the projection that has just made them: a later
 decode step reads the rounded ones, and prefill at p must equal decode at p.
 
-Reference: `dsv4ref.ref.sparse_attention.sparse_attention_ref`.
+Reference: `dsv4ref.ref.sparse_attention.sparse_attention_ref`, `dsv4ref.ref.rope.rotate_back_ref`.
 Source of the semantics: FlashMLA's flash_mla_sparse_fwd (arguments, edge cases); vLLM's DeepSeek-V4 prefill (the
 workspace).
 """
@@ -36,6 +39,7 @@ from dsv4ref.kernels import checks
 from dsv4ref.kernels.codes import architecture
 from dsv4ref.kernels.sparse_mla.decode import _check_output
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape, Rule, choose
+from dsv4ref.kernels.sparse_mla.merge import QueryRotation, _rotate_back
 
 __all__ = ["PREFILL_SELECTION", "select_prefill_launch", "sparse_mla_prefill"]
 
@@ -52,13 +56,13 @@ _CDNA = (
     ),
     Rule(
         LaunchShape(32, 16, 8),
-        "no more than 32 heads to share keys with; 32 keys spill (118 registers on gfx942, 12 on gfx950)",
+        "no more than 32 heads to share keys with; tiles of 32 keys spill",
         max_heads=32,
     ),
     Rule(
         LaunchShape(64, 16, 8),
-        "a row's keys are read once per 64 heads, in all of gfx942's LDS; 32 keys spill (162 registers on gfx942, 52 "
-        "on gfx950), and 128 heads need twice that LDS",
+        "a row's keys are read once per 64 heads, in all of gfx942's LDS; tiles of 32 keys spill, and 128 heads need "
+        "twice that LDS",
     ),
 )
 _HOPPER = (
@@ -86,6 +90,9 @@ def _sparse_mla_prefill_kernel(
     indices,
     lengths,
     sink,
+    positions,
+    cos,
+    sin,
     out,
     lse,
     q_stride_t,
@@ -96,12 +103,16 @@ def _sparse_mla_prefill_kernel(
     out_stride_h,
     lse_stride_t,
     lse_stride_h,
+    cos_stride,
+    sin_stride,
+    num_positions,
     num_keys,
     width,
     num_heads,
     scale_log2,
     HAS_LENGTHS: tl.constexpr,
     HAS_SINK: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
     HAS_LSE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -159,6 +170,11 @@ def _sparse_mla_prefill_kernel(
         accumulator = accumulator * decay[:, None]
     inverse = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
     result = accumulator * inverse[:, None]
+    if HAS_ROPE:
+        position = tl.load(positions + row)
+        known = (position >= 0) & (position < num_positions)
+        at = position.to(tl.int64)
+        result = _rotate_back(result, cos + at * cos_stride, sin + at * sin_stride, known, BLOCK_H)
     out_at = out + row * out_stride_t + heads[:, None].to(tl.int64) * out_stride_h + dims[None, :]
     tl.store(out_at, result.to(tl.bfloat16), mask=live[:, None])
 
@@ -171,6 +187,7 @@ def sparse_mla_prefill(
     lengths: Tensor | None = None,
     sink: Tensor | None = None,
     scale: float = HEAD_DIM**-0.5,
+    rotation: QueryRotation | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     return_lse: bool = False,
@@ -190,6 +207,7 @@ def sparse_mla_prefill(
             1 is an empty row. None reads all W.
         sink: fp32 ``[H]`` contiguous, natural-log logit per head; None for none. -inf has no effect, +inf zeroes rows.
         scale: softmax scale.
+        rotation: rotate the last 64 dims back to the queries' positions, in fp32 before rounding; None leaves them.
         out: bf16 ``[T, H, 512]`` to write into, any row and head stride, unit last stride, sharing no memory with any
             input; allocated if None. Every element is written, rows without a valid key with zeros.
         lse: fp32 ``[T, H]`` to write the natural-log LSE (without the sink) into; implies `return_lse`.
@@ -202,7 +220,7 @@ def sparse_mla_prefill(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, stride or device, or an output that overlaps an input.
     """
-    inputs = _check_inputs(q, kv, indices, lengths, sink, scale)
+    inputs = _check_inputs(q, kv, indices, lengths, sink, scale) | _rotation_memory(rotation, q)
     num_rows, num_heads, _ = q.shape
     if out is None:
         out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
@@ -218,7 +236,7 @@ def sparse_mla_prefill(
     launch = launch or select_prefill_launch(arch, num_heads)
     diagnostics.record(
         "sparse_mla_prefill", q=q, kv=kv, out=out, width=int(indices.shape[1]), lengths=lengths is not None,
-        launch=str(launch),
+        rotation=rotation is not None, launch=str(launch),
     )  # fmt: skip
     if num_rows == 0:
         return out, lse
@@ -230,6 +248,9 @@ def sparse_mla_prefill(
         indices,
         lengths if lengths is not None else indices,
         sink if sink is not None else q,
+        rotation.positions if rotation is not None else q,
+        rotation.cos if rotation is not None else q,
+        rotation.sin if rotation is not None else q,
         out,
         lse if lse is not None else out,
         q.stride(0),
@@ -240,12 +261,16 @@ def sparse_mla_prefill(
         out.stride(1),
         lse.stride(0) if lse is not None else 0,
         lse.stride(1) if lse is not None else 0,
+        rotation.cos.stride(0) if rotation is not None else 0,
+        rotation.sin.stride(0) if rotation is not None else 0,
+        rotation.cos.shape[0] if rotation is not None else 0,
         kv.shape[0],
         indices.shape[1],
         num_heads,
         scale * _LOG2_E,
         HAS_LENGTHS=lengths is not None,
         HAS_SINK=sink is not None,
+        HAS_ROPE=rotation is not None,
         HAS_LSE=lse is not None,
         BLOCK_H=launch.block_h,
         BLOCK_K=launch.block_k,
@@ -280,3 +305,17 @@ def _check_inputs(
         checks.check_tensor("sink", sink, dtype=torch.float32, shape=(num_heads,), device=q.device, contiguous=True)
         inputs["sink"] = sink
     return inputs
+
+
+def _rotation_memory(rotation: QueryRotation | None, q: Tensor) -> dict[str, Tensor]:
+    """Check the rotation against the queries, and return what the kernel reads of it by name."""
+    if rotation is None:
+        return {}
+    if not isinstance(rotation, QueryRotation):
+        raise TypeError(f"rotation: got {type(rotation).__name__}, expected a QueryRotation")
+    if rotation.positions.shape[0] != q.shape[0] or rotation.positions.device != q.device:
+        raise ValueError(
+            f"rotation: got {rotation.positions.shape[0]} positions on {rotation.positions.device}, "
+            f"expected {q.shape[0]} on {q.device}"
+        )
+    return {"positions": rotation.positions, "cos": rotation.cos, "sin": rotation.sin}

@@ -1,4 +1,4 @@
-"""Sparse prefill over a bf16 workspace: against the reference, against the FP8 caches, causality, memory, registers."""
+"""Sparse prefill over a bf16 workspace: against the reference, against the FP8 caches, causality, rotation, memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from dsv4ref.evidence import compare, isa
 from dsv4ref.evidence.gates import poisoned_allocations
 from dsv4ref.evidence.isa import CompileRequest
 from dsv4ref.formats import kv_cache
-from dsv4ref.formats.kv_cache import HEAD_DIM
+from dsv4ref.formats.kv_cache import HEAD_DIM, NOPE_DIM, ROPE_DIM
 from dsv4ref.kernels.sparse_mla import prefill
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape
+from dsv4ref.kernels.sparse_mla.merge import QueryRotation
 from dsv4ref.kernels.sparse_mla.prefill import PREFILL_SELECTION, select_prefill_launch, sparse_mla_prefill
+from dsv4ref.ref.rope import frequencies, rotate_back_ref
+from dsv4ref.ref.sparse_attention import sparse_attention_plain, sparse_attention_ref
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 SHAPE = LaunchShape(16, 16, 4)
@@ -196,6 +199,43 @@ def test_the_order_of_a_list_is_rounding_only(build: Builder) -> None:
     call.check(out, lse)
 
 
+# --- rotation ---
+
+
+def rotated(build: Builder) -> tuple[Call, QueryRotation, Tensor]:
+    """Two rows, where they stand, and the frequencies."""
+    freqs = frequencies(10_000.0, ROPE_DIM)
+    positions = torch.tensor([77, 4095], device=build.device)
+    return build.small(rows=2), QueryRotation.of(positions, freqs.to(build.device), 4096), freqs
+
+
+def test_the_last_64_dims_are_rotated_back_before_the_rounding(build: Builder) -> None:
+    call, rotation, freqs = rotated(build)
+    assert call.extra is not None
+    out, lse = run(call, rotation=rotation)
+    want, _ = sparse_attention_ref(call.q, [call.swa, call.extra], call.sink, call.scale)
+    plain, plain_lse = sparse_attention_plain(call.q, [call.swa, call.extra], call.sink, call.scale)
+    turned = [rotate_back_ref(x.cpu(), rotation.positions.cpu(), freqs) for x in (want, plain.float())]
+    found = compare.close("out", out.cpu(), turned[0], compare.TOLERANCES["attention_bf16"], turned[1].bfloat16())
+    assert found.passed, found.detail
+    nowhere = replace(rotation, positions=torch.zeros_like(rotation.positions))
+    still, still_lse = run(call, rotation=nowhere)
+    assert_same(out[..., :NOPE_DIM], still[..., :NOPE_DIM], "no turn reaches the other dims")
+    assert_same(lse, still_lse)
+    call.check(still, plain_lse)
+
+
+def test_a_position_outside_the_tables_shows_unless_the_row_is_empty(build: Builder) -> None:
+    call, rotation, _ = rotated(build)
+    kv, indices, lengths = workspace(call)
+    far = replace(rotation, positions=torch.tensor([-1, 4096], device=build.device))
+    out, _ = attend(call.q, kv, indices, lengths=lengths, rotation=far)
+    assert out[..., NOPE_DIM:].isnan().all()
+    assert out[..., :NOPE_DIM].isfinite().all()
+    out, _ = attend(call.q, kv, indices, lengths=torch.zeros_like(lengths), rotation=far)
+    assert (out == 0).all()
+
+
 # --- memory ---
 
 
@@ -244,6 +284,11 @@ def test_no_rows_no_keys_and_no_width(build: Builder, device: str) -> None:
         assert (lse == -math.inf).all()
 
 
+def turn(rows: int, like: Tensor) -> QueryRotation:
+    positions = torch.zeros(rows, dtype=torch.int64, device=like.device)
+    return QueryRotation.of(positions, torch.ones(32, device=like.device), 1)
+
+
 @pytest.mark.parametrize(
     ("argument", "change", "error", "message"),
     [
@@ -263,6 +308,8 @@ def test_no_rows_no_keys_and_no_width(build: Builder, device: str) -> None:
         ("out", lambda a: a["q"], ValueError, "out: its memory range overlaps q's by 8192 bytes"),
         ("out", lambda a: a["q"][:1].clone(), ValueError, "out: got shape [1, 4, 512], expected [2, 4, 512]"),
         ("lse", lambda a: a["sink"].clone(), ValueError, "lse: got shape [4], expected [2, 4]"),
+        ("rotation", lambda a: a["q"], TypeError, "rotation: got Tensor, expected a QueryRotation"),
+        ("rotation", lambda a: turn(3, a["q"]), ValueError, "rotation: got 3 positions on"),
         ("launch", lambda a: "64x16", TypeError, "launch: got str, expected a LaunchShape"),
     ],
 )  # fmt: skip
@@ -296,13 +343,14 @@ def test_shapes_are_chosen_by_heads() -> None:
 
 
 def compile_request(shape: LaunchShape) -> CompileRequest:
-    """The kernel as a served prefill specialises it: lengths and a sink, no LSE."""
+    """The kernel as a served prefill specialises it: lengths, a sink and the rotation, no LSE."""
     pointers = {
         "q": "*bf16", "kv": "*bf16", "indices": "*i32", "lengths": "*i32", "sink": "*fp32", "out": "*bf16",
-        "lse": "*bf16",
+        "lse": "*bf16", "positions": "*i64", "cos": "*fp32", "sin": "*fp32",
     }  # fmt: skip
     strides = "q_stride_t q_stride_h kv_stride indices_stride out_stride_t out_stride_h lse_stride_t lse_stride_h"
-    aligned = dict.fromkeys(f"{strides} width num_heads".split(), "i32")
+    sizes = "cos_stride sin_stride num_positions width num_heads"
+    aligned = dict.fromkeys(f"{strides} {sizes}".split(), "i32")
     return CompileRequest(
         kernel="sparse_mla_prefill",
         module="dsv4ref.kernels.sparse_mla.prefill",
@@ -310,7 +358,8 @@ def compile_request(shape: LaunchShape) -> CompileRequest:
         shape=str(shape),
         signature={**pointers, **aligned, "num_keys": "i32", "scale_log2": "fp32"},
         constexprs={
-            "HAS_LENGTHS": True, "HAS_SINK": True, "HAS_LSE": False, "BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k,
+            "HAS_LENGTHS": True, "HAS_SINK": True, "HAS_ROPE": True, "HAS_LSE": False,
+            "BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k,
         },
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
