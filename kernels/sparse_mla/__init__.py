@@ -3,7 +3,7 @@
 from dsv4ref.kernels.sparse_mla.decode import sparse_mla_decode
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape, select_launch
 from dsv4ref.kernels.sparse_mla.merge import QueryRotation, merge_scopes
-from dsv4ref.kernels.sparse_mla.split_decode import SplitScratch, plan_for, split_decode
+from dsv4ref.kernels.sparse_mla.split_decode import SplitScratch, plan_for, split_k_decode
 from dsv4ref.kernels.sparse_mla.splits import Machine, SplitPlan, plan_splits
 from dsv4ref.kernels.sparse_mla.two_scope import TwoScopeScratch, two_scope_decode
 
@@ -19,6 +19,6 @@ __all__ = [
     "plan_splits",
     "select_launch",
     "sparse_mla_decode",
-    "split_decode",
+    "split_k_decode",
     "two_scope_decode",
 ]

@@ -45,7 +45,7 @@ from dsv4ref.kernels.sparse_mla.launch import LaunchShape
 from dsv4ref.kernels.sparse_mla.merge import QueryRotation, _load_lse, _rotate_back
 from dsv4ref.kernels.sparse_mla.splits import SplitPlan, machine_of, plan_splits
 
-__all__ = ["REDUCE_CHUNK", "REDUCE_WARPS", "SplitScratch", "plan_for", "split_decode"]
+__all__ = ["REDUCE_CHUNK", "REDUCE_WARPS", "SplitScratch", "plan_for", "split_k_decode"]
 
 REDUCE_CHUNK = 8
 """Parts the reduce loads at once: 8 vectors of 512 fp32 are 16 registers of each lane of four waves on AMD."""
@@ -116,7 +116,7 @@ def _turned_back(x, positions, cos, sin, row, cos_stride, sin_stride, num_positi
 
 
 @triton.jit
-def _split_decode_kernel(
+def _split_k_decode_kernel(
     q,
     out,
     lse,
@@ -351,7 +351,7 @@ def plan_for(
 
     Args:
         q: ``[T, H, 512]``, T at least 1.
-        swa, extra, launch, splits: as `split_decode`.
+        swa, extra, launch, splits: as `split_k_decode`.
 
     Raises:
         ValueError: as `splits.plan_splits`.
@@ -360,7 +360,7 @@ def plan_for(
     return plan_splits(machine_of(q.device), q.shape[0], q.shape[1], swa.width, extra_width, launch, splits)
 
 
-def split_decode(
+def split_k_decode(
     q: Tensor,
     swa: Scope,
     extra: Scope | None = None,
@@ -410,7 +410,7 @@ def split_decode(
     elif return_lse:
         lse = torch.empty((num_rows, num_heads), dtype=torch.float32, device=q.device)
     diagnostics.record(
-        "split_decode", q=q, out=out, swa_width=swa.width, extra_width=extra.width if extra is not None else 0,
+        "split_k_decode", q=q, out=out, swa_width=swa.width, extra_width=extra.width if extra is not None else 0,
         launch=str(plan.launch) if plan is not None else None, splits=plan.splits if plan is not None else None,
         rotation=rotation is not None,
     )  # fmt: skip
@@ -434,7 +434,7 @@ def split_decode(
         rotation.cos.shape[0] if rotation is not None else 0,
     )
     flags = {"HAS_SINK": sink is not None, "HAS_LSE": lse is not None, "HAS_ROPE": rotation is not None}
-    _split_decode_kernel[(triton.cdiv(num_heads, plan.launch.block_h), num_rows, plan.splits)](
+    _split_k_decode_kernel[(triton.cdiv(num_heads, plan.launch.block_h), num_rows, plan.splits)](
         q,
         out,
         lse if lse is not None else out,

@@ -124,15 +124,22 @@ class Machine:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a positive number")
 
     @staticmethod
-    def of(spec: DeviceSpec) -> Machine:
-        """A whole card by its published figures.
+    def of(spec: DeviceSpec, compute_units: int | None = None) -> Machine:
+        """A card by its published figures.
+
+        Args:
+            spec: the card.
+            compute_units: how many of its units there are to use, if not all: a partition (CPX, MIG) gets as much less
+                bandwidth and matrix rate.
 
         Raises:
-            ValueError: the card publishes too few.
+            ValueError: the card publishes too few figures.
         """
         if spec.compute_units is None or spec.bandwidth_tb_s is None or spec.bf16_tflops is None:
             raise ValueError(f"spec: got {spec.key!r}, expected a card with published units, bandwidth and bf16 rate")
-        return Machine(spec.arch, spec.compute_units, spec.bandwidth_tb_s, spec.bf16_tflops)
+        units = spec.compute_units if compute_units is None else compute_units
+        share = units / spec.compute_units
+        return Machine(spec.arch, units, spec.bandwidth_tb_s * share, spec.bf16_tflops * share)
 
 
 @dataclass(frozen=True)
@@ -171,26 +178,21 @@ def tiles_per_row(swa_width: int, extra_width: int, block_k: int) -> int:
 
 
 def staged_bytes(rows: int, heads: int, splits: int) -> int:
-    """Bytes of partial results, fp32 vectors and LSEs, that a call writes and its reduce reads; 0 at one split."""
-    return 0 if splits == 1 else splits * rows * heads * 4 * (HEAD_DIM + 1)
+    """Bytes of ``splits`` partial results of every row and head, fp32 vectors and LSEs; a single pass stages none."""
+    return splits * rows * heads * 4 * (HEAD_DIM + 1)
 
 
 @functools.lru_cache(maxsize=16)
 def machine_of(where: torch.device) -> Machine | None:
     """The machine that tensors of a device live on; None for architectures without a model.
 
-    A partition (CPX, MIG) shows fewer compute units than its card and gets as much less bandwidth and matrix rate. The
-    interpreter plans for gfx942.
+    The interpreter plans for gfx942.
     """
     arch = architecture(where)
     units = None if arch == "cpu" else device.current(where.index).compute_units
     arch = _EMULATED if arch == "cpu" else arch
-    spec = next((s for s in device.KNOWN_DEVICES.values() if s.arch == arch and s.compute_units is not None), None)
-    if spec is None or arch not in SHAPES:
-        return None
-    card = Machine.of(spec)
-    share = 1.0 if units is None else units / card.compute_units
-    return Machine(arch, units or card.compute_units, card.bandwidth_tb_s * share, card.bf16_tflops * share)
+    spec = next((s for s in device.KNOWN_DEVICES.values() if s.arch == arch), None)
+    return None if spec is None or arch not in SHAPES else Machine.of(spec, units)
 
 
 def candidates(
@@ -300,7 +302,9 @@ def _assess(machine: Machine, shape: SplitShape, rows: int, heads: int, tiles: i
     waves = -(-workgroups // places)
     per_split = -(-tiles // splits)
     together = min(shape.resident, -(-workgroups // units))
-    time_us = waves * per_split * step_us(machine, launch, together) + reduce_us(machine, rows, heads, splits)
+    time_us = waves * per_split * step_us(machine, launch, together)
+    if splits > 1:
+        time_us += reduce_us(machine, rows, heads, splits)
     said = (
         f"{workgroups} workgroups in {waves} wave{'s' if waves > 1 else ''} of {places}, {waves * per_split} iterations"
     )
@@ -316,9 +320,7 @@ def step_us(machine: Machine, launch: LaunchShape, together: int = 1) -> float:
 
 
 def reduce_us(machine: Machine, rows: int, heads: int, splits: int) -> float:
-    """Modelled microseconds that splitting adds: a launch, its two memory trips, staging written and read back."""
-    if splits == 1:
-        return 0.0
+    """Modelled microseconds that a reduce adds: a launch, its two memory trips, the parts written and read back."""
     traffic = 2 * staged_bytes(rows, heads, splits) / (machine.bandwidth_tb_s * 1e6)
     return _LAUNCH_US + _TRIPS_OF_REDUCE * _MEMORY_TRIP_US + traffic
 

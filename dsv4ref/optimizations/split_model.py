@@ -46,9 +46,9 @@ def partial_request(shape: LaunchShape, arch: str, *, split: bool = True, rotati
     aligned = (whole.divisible_by_16 | frozenset(pointers) | frozenset(_STRIDES) | {"num_heads"}) - loose
     return replace(
         whole,
-        kernel="split_decode",
+        kernel="split_k_decode",
         module=_MODULE,
-        function="_split_decode_kernel",
+        function="_split_k_decode_kernel",
         shape=f"{shape}, {kind}",
         signature=signature,
         constexprs=constexprs,
