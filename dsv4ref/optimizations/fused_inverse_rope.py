@@ -14,6 +14,7 @@ Source: vllm#45103 (one launch for the operators), vllm#57435 and vllm#57451 (in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,6 +87,12 @@ def _frequencies(layer: int, device: str) -> Tensor:
     return layer_frequencies(config.V4_FLASH, layer, Numerics()).to(device)
 
 
+@functools.lru_cache(maxsize=4)
+def _tables(layer: int, length: int, device: str) -> QueryRotation:
+    """A layer's tables for positions 0 to ``length`` - 1, shared by every input; its one position is a placeholder."""
+    return QueryRotation.of(torch.zeros(1, dtype=torch.int64, device=device), _frequencies(layer, device), length)
+
+
 def _positions(kind: str, rows: int, generator: torch.Generator) -> Tensor:
     if kind == "start":
         return torch.zeros(rows, dtype=torch.int64)
@@ -99,11 +106,11 @@ def _positions(kind: str, rows: int, generator: torch.Generator) -> Tensor:
 def _build(case: Case, device: str, seed: int) -> RotationInputs:
     p = case.params
     positions = _positions(p["positions"], p["rows"], torch.Generator().manual_seed(seed)).to(device)
-    kinds = (_SWA_LAYER, _COMPRESSED_LAYER) if p["extra"] is None else (_COMPRESSED_LAYER, _SWA_LAYER)
-    freqs, other = (_frequencies(layer, device) for layer in kinds)
+    layer, other = (_SWA_LAYER, _COMPRESSED_LAYER) if p["extra"] is None else (_COMPRESSED_LAYER, _SWA_LAYER)
     length = _NEAR[1] if p["positions"] in ("start", "near") else _FAR[1]
     step = decode_inputs.build(case, device, seed)
-    return RotationInputs(step, QueryRotation.of(positions, freqs, length), freqs, other, p["splits"])
+    rotation = replace(_tables(layer, length, device), positions=positions)
+    return RotationInputs(step, rotation, _frequencies(layer, device), _frequencies(other, device), p["splits"])
 
 
 # --- the paths ---
