@@ -222,9 +222,9 @@ def rounded_twice_and_once(x: Tensor, positions: Tensor, freqs: Tensor) -> tuple
     """Error norms of a rotation alone: round to bf16, turn, round; and turn, round.
 
     Args:
-        x: float64 ``[T, ..., 64]``, exact.
+        x: float64 ``[T, ..., R]``, exact.
         positions: integer ``[T]``.
-        freqs: fp32 ``[32]``.
+        freqs: fp32 ``[R / 2]``.
     """
     right = rotate_back_ref(x, positions, freqs)
     twice = rotate_back_ref(x.to(torch.bfloat16).to(x.dtype), positions, freqs).to(torch.bfloat16)
@@ -468,7 +468,7 @@ OPTIMIZATION = Optimization(
             story="Which rows still owe a rotation depends on the batch: prefill rows do, and decode paths that do not "
             "fuse. Read as a Python number inside a compiled function without guards, it keeps the traced step's "
             "value, and rows are turned twice or not at all.",
-            source="vllm#57451, about an early revision of vllm#57435 (0.087 in accuracy, no error message)",
+            source="vllm#57451, about an early revision of vllm#57435",
             ids=("H09",),
             case="tiny",
             planted=_frozen_count,
@@ -477,7 +477,8 @@ OPTIMIZATION = Optimization(
             title="pairs are taken from both halves instead of side by side",
             story="DeepSeek turns neighbours (interleaved, GPT-J); Llama's kernels turn x[i] with x[i + 32]. The "
             "tables are the same, cos then sin, and give no hint.",
-            source="pypto-lib#186, review (which layout is it?); vllm#45103 guards its kernel for the layout",
+            source="hw-native-sys/pypto-lib#186, review (an automated one takes the layout for halves); vllm#45103 guards "
+            "its kernel for the layout",
             ids=(),
             case="tiny",
             planted=_by_half_split_pairs,
@@ -513,7 +514,8 @@ OPTIMIZATION = Optimization(
             title="the output is turned by the table of another kind of layer",
             story="Layers without compression have theta 10,000 and no YaRN, all others theta 160,000 with YaRN. One "
             "table for all is right on most layers, and short prompts do not show the rest.",
-            source="atlas#276 (one table, outputs included); vllm#54815, sglang#34788, mlx-lm#1189 (queries and keys)",
+            source="Avarok-Cybersecurity/atlas#276 (one table, outputs included); vllm#54815, sglang#34788, "
+            "ml-explore/mlx-lm#1189 (queries and keys)",
             ids=(),
             case="tiny-swa-only",
             planted=_turned_by(_other_table),
@@ -522,7 +524,7 @@ OPTIMIZATION = Optimization(
             title="the tables are built from bf16 positions",
             story="bf16 counts 256 integers, then every second, then every fourth. A module cast to bf16 takes its "
             "position buffer along.",
-            source="candle#3520, sglang-jax#1473, transformers#29285",
+            source="huggingface/candle#3520, sgl-project/sglang-jax#1473 (frequencies), transformers#29285",
             ids=(),
             case="tiny-one-split",
             planted=_turned_by(_rounded_positions),

@@ -66,13 +66,11 @@ def _rotate_rows_kernel(
     position = tl.load(positions + row)
     known = (position >= 0) & (position < num_positions)
     pairs = tl.arange(0, _PAIRS)
+    readable = known & (pairs < _PAIRS)
     # A position outside the tables shows: its rotated dims become NaN, and nothing is read.
-    c = tl.load(cos + position.to(tl.int64) * cos_stride + pairs, mask=known & (pairs < _PAIRS), other=float("nan"))[
-        None, :
-    ]
-    s = tl.load(sin + position.to(tl.int64) * sin_stride + pairs, mask=known & (pairs < _PAIRS), other=float("nan"))[
-        None, :
-    ]
+    at_table = position.to(tl.int64)
+    c = tl.load(cos + at_table * cos_stride + pairs, mask=readable, other=float("nan"))[None, :]
+    s = tl.load(sin + at_table * sin_stride + pairs, mask=readable, other=float("nan"))[None, :]
     # Zeros stay zeros, whatever the tables say: a padded row has neither keys nor a position.
     turn = (a != 0.0) | (b != 0.0)
     turned = tl.join(tl.where(turn, a * c + b * s, a), tl.where(turn, b * c - a * s, b))
