@@ -50,7 +50,7 @@ def split_explorer(
     chosen = plan_splits(machine, rows, heads, swa, extra)
     counts = sorted({*_COUNTS, chosen.splits})
     plans = [plan_splits(machine, rows, heads, swa, extra, chosen.launch, splits) for splits in counts]
-    title = f"{rows} rows x {heads} heads, {swa} + {extra} keys, tile {chosen.launch}, {spec.name}"
+    title = f"{_count(rows, 'row')} x {heads} heads, {swa} + {extra} keys, tile {chosen.launch}, {spec.name}"
     return _picture(machine, rows, heads, plans, chosen, title)
 
 
@@ -64,10 +64,10 @@ def _picture(
         merge_us = reduce_us(machine, rows, heads, plan.splits) if plan.splits > 1 else 0.0
         wave_us = (plan.time_us - merge_us) / plan.waves
         here = plan.splits == chosen.splits
-        name = f"{plan.splits} split{'s' if plan.splits > 1 else ''}"
+        name = _count(plan.splits, "split")
         line = (
-            f"{plan.waves} wave{'s' if plan.waves > 1 else ''}, {100 * plan.idle:.0f} % idle, "
-            f"{plan.iterations} iterations, {plan.time_us:.1f} us"
+            f"{_count(plan.waves, 'wave')}, {100 * plan.idle:.0f} % idle, {_count(plan.iterations, 'iteration')}, "
+            f"{plan.time_us:.1f} us"
         )
         weight = ' font-weight="bold"' if here else ""
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 18}" text-anchor="end"{weight}>{name}</text>')
@@ -92,10 +92,14 @@ def _picture(
         parts.append(f'<text x="{x + 20}" y="{key + 12}">{text}</text>')
     label = html.escape(f"{title}. {'; '.join(said)}", quote=True)
     return (
-        f'<svg viewBox="0 0 860 {key + 28}" role="img" aria-label="{label}" font-family="sans-serif" font-size="13" '
-        'fill="currentColor" style="width:100%;max-width:860px;height:auto">'
+        f'<svg viewBox="0 0 720 {key + 28}" role="img" aria-label="{label}" font-family="sans-serif" font-size="13" '
+        'fill="currentColor" style="width:100%;max-width:720px;height:auto">'
         f'<text x="8" y="20" font-weight="bold">{html.escape(title)}</text>{"".join(parts)}</svg>'
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _waves(plan: SplitPlan, y: int, wide: float) -> list[str]:
