@@ -130,9 +130,9 @@ def _requests(arch: str) -> tuple[CompileRequest, ...]:
     partials = [
         split_model.partial_request(shape.launch, arch, **kind)
         for shape in SHAPES[arch]
-        for kind in ({"split": True}, {"split": False}, {"split": False, "rotation": True})
+        for kind in ({"split": True}, {"split": False, "rotation": True})
     ]
-    return (*partials, split_model.reduce_request(arch), split_model.reduce_request(arch, rotation=True))
+    return (*partials, split_model.reduce_request(arch, rotation=True))
 
 
 # --- hazards ---
