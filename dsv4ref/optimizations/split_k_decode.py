@@ -108,8 +108,9 @@ def _timed(inputs: SplitInputs) -> Mapping[str, Callable[[], object]]:
 
 def _predict(case: Case, device: str) -> Prediction:
     p = case.params
-    spec = decode_model.spec_for(device)
-    before, after = split_model.single_pass(p, device), split_model.plan(p, device, splits=p["splits"])
+    spec = decode_model.spec_for(device) if p["rows"] else None  # an empty batch takes no time to compare
+    sized = {**p, "rows": max(p["rows"], 1)}
+    before, after = split_model.single_pass(sized, device), split_model.plan(sized, device, splits=p["splits"])
     staged = 2 * staged_bytes(p["rows"], p["heads"], after.splits) if after.splits > 1 else 0
     vectors = 2 * decode_model.vector_bytes(p)
     return Prediction(
@@ -117,8 +118,8 @@ def _predict(case: Case, device: str) -> Prediction:
         optimized_bytes=decode_model.key_bytes(p, after.launch) + vectors + staged,
         least_bytes=decode_model.least_bytes(p),
         flops=decode_model.decode_flops(p),
-        baseline_launches=1,
-        optimized_launches=1 if after.splits == 1 else 2,
+        baseline_launches=min(p["rows"], 1),
+        optimized_launches=(1 if after.splits == 1 else 2) if p["rows"] else 0,
         baseline_us=before.time_us if spec else None,
         optimized_us=after.time_us if spec else None,
         bound_us=decode_model.bound(p, spec).time_us if spec else None,

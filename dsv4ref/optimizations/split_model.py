@@ -29,6 +29,7 @@ from dsv4ref.optimizations import decode_model
 
 __all__ = [
     "claimed_rows",
+    "fastest_rows",
     "ladder",
     "machine_for",
     "partial_request",
@@ -221,4 +222,24 @@ def claimed_rows(claims: Iterable[PublishedFigure]) -> list[dict[str, Any]]:
                 "model's ratio": before.time_us / after.time_us,
             }
         )
+    return found
+
+
+def fastest_rows(claims: Iterable[PublishedFigure]) -> list[dict[str, Any]]:
+    """sglang#36094's split counts, a heuristic's and the measured best, beside the plan's for the same calls.
+
+    Returns:
+        Rows ``{rows, heuristic, fastest, planned, shape}`` and the modelled microseconds of 1, 2, 4 and 8 splits.
+    """
+    found = []
+    for claim in claims:
+        rows = re.search(r"measured fastest, 128 heads, top-k 1024, (\d+) rows", claim.what)
+        if rows is None:
+            continue
+        params = {"rows": int(rows[1]), "heads": 128, "swa": 128, "extra": 1024}
+        p = plan(params, "mi355x")
+        line: dict[str, Any] = {"rows": params["rows"], "heuristic": int(claim.before), "fastest": int(claim.after)}
+        line |= {"planned": p.splits, "shape": str(p.launch)}
+        times = {f"{n}, us": plan(params, "mi355x", launch=p.launch, splits=n).time_us for n in (1, 2, 4, 8)}
+        found.append(line | times)
     return found
