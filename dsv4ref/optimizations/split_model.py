@@ -1,15 +1,43 @@
-"""Compile requests of the split decode, partial kernel and reduce, as the launcher would specialise them on AMD."""
+"""What chapter 18 computes beside its plans: the worth of each step, published times, and compile requests.
+
+The time model is `dsv4ref.kernels.sparse_mla.splits`; this module asks it about other plans than the chosen one.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
+from dsv4ref.device import get_device
 from dsv4ref.evidence.isa import CompileRequest
-from dsv4ref.kernels.sparse_mla.launch import LaunchShape
+from dsv4ref.evidence.records import PublishedFigure
+from dsv4ref.kernels.sparse_mla.launch import LaunchShape, select_launch
 from dsv4ref.kernels.sparse_mla.split_decode import REDUCE_CHUNK, REDUCE_WARPS
+from dsv4ref.kernels.sparse_mla.splits import (
+    MAX_SPLITS,
+    SHAPES,
+    Machine,
+    SplitPlan,
+    plan_splits,
+    reduce_us,
+    staged_bytes,
+    tiles_per_row,
+)
 from dsv4ref.optimizations import decode_model
 
-__all__ = ["partial_request", "reduce_request"]
+__all__ = [
+    "claimed_rows",
+    "fastest_rows",
+    "ladder",
+    "machine_for",
+    "partial_request",
+    "plan",
+    "reduce_request",
+    "single_pass",
+    "table_and_splits",
+]
 
 _MODULE = "dsv4ref.kernels.sparse_mla.split_decode"
 _FINISH = {"positions": "*i64", "cos": "*fp32", "sin": "*fp32"}
@@ -84,3 +112,134 @@ def reduce_request(arch: str, *, padded: int = 32, rotation: bool = False) -> Co
         num_warps=REDUCE_WARPS,
         divisible_by_16=frozenset(pointers) | frozenset(strides) | {"num_heads"},
     )
+
+
+# --- what each step is worth ---
+
+
+def single_pass(params: Mapping[str, Any], device: str) -> SplitPlan:
+    """The decode before splitting: chapter 05's shape, one workgroup per row and head block, by the plans' model.
+
+    Args:
+        params: rows, heads, swa and extra (None for no such scope), as `decode_inputs.decode_case` names them.
+        device: key of a device with published figures, or "cpu", which counts as MI300X.
+    """
+    machine = machine_for(device)
+    shape = select_launch(machine.arch, params["rows"], params["heads"], params["extra"] or 0)
+    return plan(params, device, launch=shape, splits=1)
+
+
+def plan(params: Mapping[str, Any], device: str, **fixed: Any) -> SplitPlan:
+    """The plan of a call, its launch shape or split count fixed if given; arguments as `single_pass`."""
+    machine = machine_for(device)
+    return plan_splits(machine, params["rows"], params["heads"], params["swa"], params["extra"] or 0, **fixed)
+
+
+def machine_for(device: str) -> Machine:
+    """The machine of a device key; "cpu", where kernels are interpreted, counts as MI300X."""
+    return Machine.of(get_device("mi300x" if device == "cpu" else device))
+
+
+def ladder(params: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
+    """From one workgroup per row and head block to the shipped plan, one decision per step, by the model.
+
+    The steps between keep one small tile, as vllm#46275 does, and run the reduce whatever the split count.
+
+    Args: as `single_pass`.
+
+    Returns:
+        Rows ``{step, shape, splits, waves, idle, iterations, staged MB, us}``.
+    """
+    machine, rows, heads = machine_for(device), params["rows"], params["heads"]
+    tile = SHAPES[machine.arch][0]
+    whole = plan(params, device, launch=tile.launch, splits=1)
+    fits = machine.compute_units * tile.resident // whole.workgroups
+    in_a_wave = plan(params, device, launch=tile.launch, splits=min(max(1, fits), MAX_SPLITS))
+    # The same tiles per split with no split left empty
+    tiles = tiles_per_row(params["swa"], params["extra"] or 0, tile.launch.block_k)
+    trimmed = plan(params, device, launch=tile.launch, splits=-(-tiles // in_a_wave.tiles_per_split))
+    chosen = plan(params, device)
+    steps = [
+        ("single pass, chapter 05's shape", single_pass(params, device), False),
+        (f"small tile, {MAX_SPLITS} splits", plan(params, device, launch=tile.launch, splits=MAX_SPLITS), True),
+        ("small tile, as many splits as fit a wave", in_a_wave, True),
+        ("no more splits than these iterations need", trimmed, True),
+        ("no reduce at one split", trimmed, trimmed.splits > 1),
+        ("shape and splits chosen together", chosen, chosen.splits > 1),
+    ]
+    found = []
+    for step, p, staged in steps:
+        extra_us = reduce_us(machine, rows, heads, 1) if staged and p.splits == 1 else 0.0
+        found.append(
+            {
+                "step": step,
+                "shape": str(p.launch),
+                "splits": p.splits,
+                "waves": p.waves,
+                "idle, %": 100 * p.idle,
+                "iterations": p.iterations,
+                "staged, MB": staged_bytes(rows, heads, p.splits) / 1e6 if staged else 0.0,
+                "us": p.time_us + extra_us,
+            }
+        )
+    return found
+
+
+def table_and_splits(params: Mapping[str, Any], device: str) -> dict[str, float]:
+    """Modelled microseconds with and without chapter 05's table, with and without splits; args as `single_pass`."""
+    table = single_pass(params, device)
+    tile = SHAPES[machine_for(device).arch][0].launch
+    return {
+        "small tile": plan(params, device, launch=tile, splits=1).time_us,
+        "table": table.time_us,
+        "small tile, split": plan(params, device, launch=tile).time_us,
+        "table, split": plan(params, device, launch=table.launch).time_us,
+        "chosen together": plan(params, device).time_us,
+    }
+
+
+def claimed_rows(claims: Iterable[PublishedFigure]) -> list[dict[str, Any]]:
+    """vllm#44899's times by batch on MI355X beside the model's: single pass before, split after.
+
+    The published single pass has 16 heads to a workgroup, so the model's small tile stands for it.
+    """
+    found = []
+    for claim in claims:
+        batch = re.search(r"16 heads, up to 128 \+ 1024 keys, batch (\d+)$", claim.what)
+        if batch is None:
+            continue
+        params = {"rows": int(batch[1]), "heads": 16, "swa": 128, "extra": 1024}
+        before, after = single_pass(params, "mi355x"), plan(params, "mi355x")
+        found.append(
+            {
+                "batch": params["rows"],
+                "published before, us": claim.before,
+                "model, us": before.time_us,
+                "published after, us": claim.after,
+                "model after, us": after.time_us,
+                "splits": after.splits,
+                "published ratio": claim.before / claim.after,
+                "model's ratio": before.time_us / after.time_us,
+            }
+        )
+    return found
+
+
+def fastest_rows(claims: Iterable[PublishedFigure]) -> list[dict[str, Any]]:
+    """sglang#36094's split counts, a heuristic's and the measured best, beside the plan's for the same calls.
+
+    Returns:
+        Rows ``{rows, heuristic, fastest, planned, shape}`` and the modelled microseconds of 1, 2, 4 and 8 splits.
+    """
+    found = []
+    for claim in claims:
+        rows = re.search(r"measured fastest, 128 heads, top-k 1024, (\d+) rows", claim.what)
+        if rows is None:
+            continue
+        params = {"rows": int(rows[1]), "heads": 128, "swa": 128, "extra": 1024}
+        p = plan(params, "mi355x")
+        line: dict[str, Any] = {"rows": params["rows"], "heuristic": int(claim.before), "fastest": int(claim.after)}
+        line |= {"planned": p.splits, "shape": str(p.launch)}
+        times = {f"{n}, us": plan(params, "mi355x", launch=p.launch, splits=n).time_us for n in (1, 2, 4, 8)}
+        found.append(line | times)
+    return found

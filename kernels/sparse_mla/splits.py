@@ -305,10 +305,12 @@ def _assess(machine: Machine, shape: SplitShape, rows: int, heads: int, tiles: i
     time_us = waves * per_split * step_us(machine, launch, together)
     if splits > 1:
         time_us += reduce_us(machine, rows, heads, splits)
-    said = (
-        f"{workgroups} workgroups in {waves} wave{'s' if waves > 1 else ''} of {places}, {waves * per_split} iterations"
-    )
+    said = f"{workgroups} workgroups in {_count(waves, 'wave')} of {places}, {_count(waves * per_split, 'iteration')}"
     return SplitPlan(launch, splits, per_split, workgroups, waves, 1 - workgroups / (waves * places), time_us, said)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def step_us(machine: Machine, launch: LaunchShape, together: int = 1) -> float:

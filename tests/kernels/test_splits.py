@@ -55,7 +55,7 @@ def test_one_row_of_v4_flash_on_mi300x_by_hand() -> None:
     assert (plan.launch, plan.splits, plan.tiles_per_split) == (LaunchShape(16, 32, 8), 20, 1)
     assert (plan.workgroups, plan.waves, plan.iterations) == (80, 1, 1)
     assert plan.idle == pytest.approx(1 - 80 / 304)
-    assert plan.reason == "80 workgroups in 1 wave of 304, 1 iterations"
+    assert plan.reason == "80 workgroups in 1 wave of 304, 1 iteration"
 
 
 def test_a_whole_machine_of_rows_is_not_split() -> None:

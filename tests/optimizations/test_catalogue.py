@@ -49,7 +49,8 @@ def test_every_case_has_a_prediction_on_every_device(id: str) -> None:
             p = chapter.predict(case, key)
             assert 0 <= p.least_bytes <= min(p.baseline_bytes, p.optimized_bytes), (case.name, key)
             assert p.flops >= 0
-            assert 0 <= p.optimized_launches <= p.baseline_launches
+            more = 1 if id == "split_k_decode" else 0  # a reduce is what splitting costs
+            assert 0 <= p.optimized_launches <= p.baseline_launches + more
             assert p.ratio is None or spec.bandwidth_tb_s is not None, (case.name, key)
             if spec.bandwidth_tb_s is not None and p.flops > 0:  # an empty batch takes no time to compare
                 assert p.ratio is not None, (case.name, key)

@@ -1,0 +1,68 @@
+"""What chapter 18 says about its own steps and about published times: by the plans, and in the order claimed."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsv4ref.kernels.sparse_mla.splits import reduce_us
+from dsv4ref.optimizations import catalogue, split_model
+
+OPT = catalogue.get("split_k_decode")
+MEASURED = [name for name, case in OPT.cases.items() if case.measured]
+
+
+@pytest.mark.parametrize("device", ["mi300x", "mi355x", "h200"])
+def test_steps_after_over_splitting_never_get_slower_but_for_what_a_split_has_to_promise(device: str) -> None:
+    for name in MEASURED:
+        rows = split_model.ladder(OPT.cases[name].params, device)
+        times = [row["us"] for row in rows[2:5]]
+        assert times == sorted(times, reverse=True), (name, rows)
+        assert rows[5]["us"] <= 1.1 * rows[4]["us"], (name, rows)
+        assert rows[3]["iterations"] == rows[2]["iterations"], (name, rows)
+
+
+def test_a_reduce_at_one_split_costs_what_the_step_says() -> None:
+    params = OPT.cases["flash-256"].params
+    rows = split_model.ladder(params, "mi355x")
+    saved = rows[3]["us"] - rows[4]["us"]
+    assert rows[4]["splits"] == 1
+    assert saved == pytest.approx(reduce_us(split_model.machine_for("mi355x"), 256, 64, 1))
+    assert rows[4]["staged, MB"] == 0
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_predictions_are_the_plans(name: str) -> None:
+    case = OPT.cases[name]
+    for device in ("mi300x", "mi355x", "h200"):
+        p, plan = OPT.predict(case, device), split_model.plan(case.params, device)
+        assert p.optimized_us == plan.time_us
+        assert p.optimized_launches == (1 if plan.splits == 1 else 2)
+        assert p.ratio is not None
+        assert p.ratio == 1.0 or plan.splits > 1 or p.ratio > 1.0, (name, device, p.ratio)
+    assert OPT.predict(case, "cpu").ratio is None
+
+
+def test_the_table_of_chapter_05_is_worth_its_wide_tile_and_no_more() -> None:
+    """What the chapter says of it, on MI300X: nothing at few rows, everything at many, and a loss between."""
+    few, between, many = (
+        split_model.table_and_splits(OPT.cases[name].params, "mi300x")
+        for name in ("flash-8", "flash-128", "flash-1024")
+    )
+    assert few["small tile, split"] == few["table, split"] == few["chosen together"] < few["table"]
+    assert between["chosen together"] < min(between["table, split"], between["small tile, split"])
+    assert many["table"] == many["chosen together"] < many["small tile, split"]
+
+
+def test_published_times_are_all_compared() -> None:
+    rows = split_model.claimed_rows(OPT.claims)
+    assert [row["batch"] for row in rows] == [4, 8, 16, 32, 64, 128, 160, 320, 512]
+    assert all(row["splits"] > 1 for row in rows[:-1])
+    assert rows[-1]["splits"] == 1
+    ratios = [row["published ratio"] / row["model's ratio"] for row in rows]
+    assert 0.8 < ratios[0] < ratios[-1] < 2.1, ratios
+
+
+def test_the_plans_counts_are_those_that_measured_fastest_elsewhere() -> None:
+    rows = split_model.fastest_rows(OPT.claims)
+    assert [(row["rows"], row["planned"], row["fastest"]) for row in rows] == [(32, 4, 4), (64, 2, 2), (128, 1, 1)]
+    assert all(row["heuristic"] == 2 * row["fastest"] for row in rows)
