@@ -477,8 +477,8 @@ OPTIMIZATION = Optimization(
             title="pairs are taken from both halves instead of side by side",
             story="DeepSeek turns neighbours (interleaved, GPT-J); Llama's kernels turn x[i] with x[i + 32]. The "
             "tables are the same, cos then sin, and give no hint.",
-            source="hw-native-sys/pypto-lib#186, review (an automated one takes the layout for halves); vllm#45103 guards "
-            "its kernel for the layout",
+            source="hw-native-sys/pypto-lib#186, review (an automated one takes the layout for halves); vllm#45103 "
+            "guards its kernel for the layout",
             ids=(),
             case="tiny",
             planted=_by_half_split_pairs,
