@@ -360,8 +360,9 @@ def compiled_without_guards() -> Callable[[Tensor, StepState, Tensor, Tensor, Te
     The "eager" backend runs the traced operators as they are, so that no compiler is needed to see what tracing does.
     """
     torch.compiler.reset()
-    unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    return torch.compile(finish, backend="eager", options=unguarded)
+    return torch.compile(
+        finish, backend="eager", options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    )  # fmt: skip
 
 
 def _frozen_count(inputs: RotationInputs) -> dict[str, Tensor]:
