@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4ref.evidence import records
 from dsv4ref.evidence.gates import Check, Gate
 from dsv4ref.evidence.isa import CompileRequest
 from dsv4ref.formats import Scope
@@ -371,7 +370,7 @@ OPTIMIZATION = Optimization(
         ),
     },
     predict=_predict,
-    claims=records.published("split_k_decode"),
+    claims=split_model.claims(),
     timed=_timed,
     measured_modules=(
         *decode_model.MEASURED_MODULES,

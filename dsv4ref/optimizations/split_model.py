@@ -6,11 +6,12 @@ The time model is `dsv4ref.kernels.sparse_mla.splits`; this module asks it about
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from dsv4ref.device import get_device
+from dsv4ref.evidence import records
 from dsv4ref.evidence.isa import CompileRequest
 from dsv4ref.evidence.records import PublishedFigure
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape, select_launch
@@ -25,20 +26,24 @@ from dsv4ref.kernels.sparse_mla.splits import (
     staged_bytes,
     tiles_per_row,
 )
-from dsv4ref.optimizations import decode_model
+from dsv4ref.optimizations import decode_launch_shape, decode_model
 
 __all__ = [
     "claimed_rows",
+    "claims",
     "fastest_rows",
     "ladder",
     "machine_for",
     "partial_request",
     "plan",
     "reduce_request",
+    "residual_rows",
     "single_pass",
     "table_and_splits",
 ]
 
+_CHAPTER = "split_k_decode"
+_TESTS_OF_THE_MODEL = ("vllm#44899", "sglang#36094")
 _MODULE = "dsv4ref.kernels.sparse_mla.split_decode"
 _FINISH = {"positions": "*i64", "cos": "*fp32", "sin": "*fp32"}
 _STRIDES = dict.fromkeys(
@@ -198,13 +203,35 @@ def table_and_splits(params: Mapping[str, Any], device: str) -> dict[str, float]
     }
 
 
-def claimed_rows(claims: Iterable[PublishedFigure]) -> list[dict[str, Any]]:
+def claims() -> tuple[PublishedFigure, ...]:
+    """The published figures of the chapter but for those the model is held against, which have tables of their own."""
+    return tuple(figure for figure in records.published(_CHAPTER) if figure.source not in _TESTS_OF_THE_MODEL)
+
+
+def residual_rows() -> list[dict[str, Any]]:
+    """Single passes of chapter 05 as recorded on an H200 beside the model's; no rows without records.
+
+    Returns:
+        Rows ``{case, shape, measured us, model us, measured / model}``.
+    """
+    found = []
+    opened = decode_launch_shape.OPTIMIZATION
+    for record in records.latest(records.shipped()):
+        if (record.chapter, record.variant, record.device) != (opened.id, "optimized", "h200"):
+            continue
+        p = single_pass(opened.case(record.case).params, record.device)
+        line = {"case": record.case, "shape": str(p.launch), "measured, us": record.p50_us, "model, us": p.time_us}
+        found.append(line | {"measured / model": record.p50_us / p.time_us})
+    return found
+
+
+def claimed_rows() -> list[dict[str, Any]]:
     """vllm#44899's times by batch on MI355X beside the model's: single pass before, split after.
 
     The published single pass has 16 heads to a workgroup, so the model's small tile stands for it.
     """
     found = []
-    for claim in claims:
+    for claim in records.published(_CHAPTER):
         batch = re.search(r"16 heads, up to 128 \+ 1024 keys, batch (\d+)$", claim.what)
         if batch is None:
             continue
@@ -225,14 +252,14 @@ def claimed_rows(claims: Iterable[PublishedFigure]) -> list[dict[str, Any]]:
     return found
 
 
-def fastest_rows(claims: Iterable[PublishedFigure]) -> list[dict[str, Any]]:
+def fastest_rows() -> list[dict[str, Any]]:
     """sglang#36094's split counts, a heuristic's and the measured best, beside the plan's for the same calls.
 
     Returns:
         Rows ``{rows, heuristic, fastest, planned, shape}`` and the modelled microseconds of 1, 2, 4 and 8 splits.
     """
     found = []
-    for claim in claims:
+    for claim in records.published(_CHAPTER):
         rows = re.search(r"measured fastest, 128 heads, top-k 1024, (\d+) rows", claim.what)
         if rows is None:
             continue

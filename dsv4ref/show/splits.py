@@ -106,7 +106,7 @@ def _waves(plan: SplitPlan, y: int, wide: float) -> list[str]:
     """The full waves as one box, the last one as another."""
     full = plan.waves - 1
     last = 1 - plan.idle * plan.waves  # idle places are all in the last wave
-    boxes = [(_LEFT, full * wide, 1.0)] if full else []
+    boxes: list[tuple[float, float, float]] = [(_LEFT, full * wide, 1.0)] if full else []
     boxes.append((_LEFT + full * wide, wide, last))
     drawn = []
     for x, width, share in boxes:
