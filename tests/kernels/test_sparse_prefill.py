@@ -47,7 +47,8 @@ def workspace(call: Call, stride: int = 512) -> tuple[Tensor, Tensor, Tensor]:
     An SWA slot past its cache would be an extra row here, so slots that are not valid become negative or too large.
     """
     scopes = [call.swa] if call.extra is None else [call.swa, call.extra]
-    gap, base, parts, lists = 3, 0, [], [[] for _ in range(call.q.shape[0])]
+    gap, base, parts = 3, 0, []
+    lists: list[list[int]] = [[] for _ in range(call.q.shape[0])]
     past = sum(scope.cache.rows + gap for scope in scopes)
     for scope in scopes:
         every = torch.arange(scope.cache.rows, device=call.q.device)
