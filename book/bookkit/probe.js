@@ -25,6 +25,7 @@ window.bookProbe = {
       views: all('script[type="application/vnd.jupyter.widget-view+json"]').length,
       widgets: all(".jupyter-widgets").filter((element) => !element.parentElement.closest(".jupyter-widgets")).length,
       handles: all(".noUi-handle").filter(visible).length,
+      unnamed: bookProbe.unnamed(),
       title: all("h1").map((element) => element.firstChild.textContent)[0] || "",
     };
   },
@@ -55,4 +56,46 @@ window.bookProbe = {
     }
     return worst;
   },
+
+  // Pictures of the text that say nothing to somebody who does not see them. Formulas speak for themselves, and a path
+  // or a bare "image" is what tools put where nobody wrote a description.
+  unnamed: () => {
+    const pictures = [...document.querySelectorAll("article img, article svg, article canvas")];
+    const own = "mjx-container, button, .noUi-target, .sd-octicon, [aria-hidden=true], [role=presentation]";
+    const name = (element) => {
+      const inside = element.querySelector(":scope > title");
+      return element.getAttribute("alt") || element.getAttribute("aria-label") || (inside && inside.textContent) || "";
+    };
+    const empty = (text) => !/\s/.test(text.trim()) || /\.(png|svg|jpe?g)$/i.test(text.trim());
+    return pictures
+      .filter((element) => !element.closest(own) && !element.parentElement.closest("svg") && empty(name(element)))
+      .map((element) => element.outerHTML.slice(0, 80));
+  },
+
+  // What sticks out to the right of the window, other than in boxes that scroll by themselves.
+  overflow: () => {
+    const edge = document.documentElement.clientWidth;
+    const scrolls = (element) => {
+      for (let at = element; at && at !== document.body; at = at.parentElement) {
+        const style = getComputedStyle(at);
+        // A collapsed label is read, not seen; what is moved off the page on purpose is drawn when it is wanted.
+        if (style.position === "fixed" || ["auto", "scroll", "hidden", "clip"].includes(style.overflowX)) return true;
+      }
+      return false;
+    };
+    const wide = [...document.querySelectorAll("article *")].filter(
+      (element) => element.checkVisibility() && element.getBoundingClientRect().right > edge + 1 && !scrolls(element),
+    );
+    const outer = wide.filter((element) => !wide.includes(element.parentElement));
+    return {
+      page: document.documentElement.scrollWidth - edge,
+      elements: outer.map((element) => `<${element.tagName.toLowerCase()}> ${element.textContent.trim().slice(0, 60)}`),
+    };
+  },
+
+  // What a frames panel shows now, one line per panel.
+  frames: () =>
+    [...document.querySelectorAll(".dsv4-frames")].map((panel) =>
+      [...panel.querySelectorAll(".dsv4-frame")].filter((f) => f.checkVisibility()).map((f) => f.dataset.label).join("|"),
+    ),
 };
