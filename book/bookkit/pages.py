@@ -2,7 +2,8 @@
 
 ``{chapters}`` the table of contents by part; ``{hazard-index}``, ``{settings-table}``, ``{scoreboard}``, ``{claims}``,
 ``{run-status}``, ``{device}`` and ``{devices}`` the tables of :mod:`bookkit.tables`, read from the installed package.
-The role ``{chapter}`` links a chapter by its id. Pages that hold one of them are read again at every build, because
+``{step-picture}`` is the decode step with links to the chapters. The role ``{chapter}`` links a chapter by its id,
+``{part}`` all chapters of a part. Pages that hold one of them are read again at every build, because
 what they show does not live in the source tree.
 """
 
@@ -22,6 +23,8 @@ from bookkit import stage, tables
 from dsv4ref import device, settings
 from dsv4ref.evidence import records
 from dsv4ref.optimizations import catalogue, report
+from dsv4ref.optimizations.base import Optimization
+from dsv4ref.show import step
 
 
 class Generated(SphinxDirective):
@@ -114,19 +117,44 @@ class Devices(Generated):
         return tables.device_arithmetic(gpus) if self.arguments == ["arithmetic"] else tables.device_comparison(gpus)
 
 
+class StepPicture(Generated):
+    """One decode step on one page; the numbers on its stages lead to the chapters."""
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_reread()
+        known = {chapter.path.name for chapter in self.chapters()}
+
+        def link(notebook: str) -> str:
+            return f"{stage.CHAPTERS}/{notebook.removesuffix('.ipynb')}.html" if notebook in known else ""
+
+        return [nodes.raw("", f'<div class="step-picture">{step.step_diagram(link=link)}</div>', format="html")]
+
+
 class ChapterLink(SphinxRole):
     """``{chapter}`output_passthrough` ``: number and title, a link where the book has the notebook."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         self.env.note_reread()
-        optimization = catalogue.get(self.text)
+        return [self.link(catalogue.get(self.text))], []
+
+    def link(self, optimization: Optimization) -> nodes.Node:
         shown = nodes.inline("", f"{optimization.number:02} {optimization.title}")
         document = f"{stage.CHAPTERS}/{optimization.notebook.removesuffix('.ipynb')}"
         if document not in self.env.found_docs:
-            return [shown], []
+            return shown
         options = {"refdomain": "std", "reftype": "doc", "reftarget": f"/{document}", "refexplicit": True}
-        link = addnodes.pending_xref("", shown, refdoc=self.env.docname, refwarn=True, **options)
-        return [link], []
+        return addnodes.pending_xref("", shown, refdoc=self.env.docname, refwarn=True, **options)
+
+
+class PartLinks(ChapterLink):
+    """``{part}`II` ``: every chapter of that part, in order."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        self.env.note_reread()
+        links = [self.link(one) for one in catalogue.load().values() if one.part.split()[0] == self.text]
+        if not links:
+            raise ValueError(f"part: no chapter is in part {self.text!r}")
+        return [node for one in links for node in (nodes.Text(", "), one)][1:], []
 
 
 def measured() -> tuple[records.Record, ...]:
@@ -144,5 +172,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("run-status", RunStatus)
     app.add_directive("device", Device)
     app.add_directive("devices", Devices)
+    app.add_directive("step-picture", StepPicture)
     app.add_role("chapter", ChapterLink())
+    app.add_role("part", PartLinks())
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
