@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for problem in problems:
         print(problem)
-    print(f"check_site: {len(problems)} problems in {site}" if problems else f"check_site: {site} works offline", end="")
+    print(
+        f"check_site: {len(problems)} problems in {site}" if problems else f"check_site: {site} works offline", end=""
+    )
     print(f" ({figures})")
     return 1 if problems else 0
 

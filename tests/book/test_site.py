@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import nbformat
 import check_site
+import nbformat
 import pytest
 from bookkit import browser, links, reader, scan, visit
 from bookkit.vendor import VendorError
@@ -40,7 +40,7 @@ SAMPLE = [
     ),
     new_code_cell(
         "import ipywidgets as w\n"
-        "w.VBox([w.IntSlider(description='rows', value=4, max=9), w.HTML('<svg width=\"9\" height=\"9\" aria-label=\"a small square\"></svg>')])"
+        'w.VBox([w.IntSlider(description=\'rows\', value=4, max=9), w.HTML(\'<svg width="9" height="9" aria-label="a small square"></svg>\')])'
     ),
     new_code_cell(
         "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(4, 2.5))\nax.plot([1, 2, 4]);",

@@ -1,4 +1,4 @@
-"""JupyterLab itself: chapters open in a browser, restart and run from top to bottom, and panels answer to the keyboard."""
+"""JupyterLab itself: notebooks open in a browser and run from top to bottom, and panels answer to the keyboard."""
 
 from __future__ import annotations
 
