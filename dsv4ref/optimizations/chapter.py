@@ -229,7 +229,7 @@ def isa_rows(opt: Optimization, archs: Sequence[str] = ("gfx942", "gfx950")) -> 
 
 
 def _progress(items: Sequence[str], what: str) -> Iterable[str]:
-    """The items; in a notebook with a bar, once they take more than two seconds. The command line prints rows instead."""
+    """The items; in a notebook with a bar, if they take over two seconds. The command line prints rows instead."""
     if "ipykernel" not in sys.modules:
         return items
     from tqdm import tqdm

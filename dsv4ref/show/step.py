@@ -112,8 +112,10 @@ def step_diagram(model: ModelConfig = V4_FLASH, link: Callable[[str], str] | Non
         said += f"; chapters of no single stage: {', '.join(map(str, whole))}"
     role = "group" if link else "img"  # what is inside an image cannot be reached
     return (
-        f'<svg viewBox="0 0 860 690" role="{role}" aria-label="{html.escape(said, quote=True)}" font-family="sans-serif" '
-        'font-size="13" fill="currentColor" style="width:100%;max-width:860px;height:auto">' + "".join(parts) + "</svg>"
+        f'<svg viewBox="0 0 860 690" role="{role}" aria-label="{html.escape(said, quote=True)}" '
+        'font-family="sans-serif" font-size="13" fill="currentColor" style="width:100%;max-width:860px;height:auto">'
+        + "".join(parts)
+        + "</svg>"
     )
 
 

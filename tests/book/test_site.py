@@ -40,7 +40,8 @@ SAMPLE = [
     ),
     new_code_cell(
         "import ipywidgets as w\n"
-        'w.VBox([w.IntSlider(description=\'rows\', value=4, max=9), w.HTML(\'<svg width="9" height="9" aria-label="a small square"></svg>\')])'
+        'square = \'<svg width="9" height="9" aria-label="a small square"></svg>\'\n'
+        "w.VBox([w.IntSlider(description='rows', value=4, max=9), w.HTML(square)])"
     ),
     new_code_cell(
         "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(4, 2.5))\nax.plot([1, 2, 4]);",
