@@ -1,10 +1,11 @@
-"""Use a built page as readers do: move its sliders with the keyboard, copy its code, hold it in a phone, hear it read.
+"""Use a built page as readers do: move its sliders by keyboard, sort, copy code, hold it in a phone, have it read out.
 
 Looking at a page is :mod:`bookkit.browser`'s; here something is done to it, and what follows is compared.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,12 @@ FIRST_PAGE_MS = 2000
 SITE_BYTES = 40 * 10**6
 # axe's two upper levels; what it calls moderate or minor is advice.
 SERIOUS = ("serious", "critical")
+
+# One column of a table, by the button in its heading.
+COLUMN = """button => {
+  const head = button.closest("th"), rows = [...head.closest("table").tBodies[0].rows];
+  return { sort: head.getAttribute("aria-sort"), texts: rows.map(row => row.cells[head.cellIndex].textContent.trim()) };
+}"""
 
 # The text that a click on a copy button takes along, read where the browser hands it over.
 COPIED = """() => document.addEventListener("copy", () => {
@@ -51,6 +58,36 @@ def move_sliders(page: Page, name: str) -> list[str]:
                 handle.press(key)
         if handle.get_attribute("aria-valuetext") == before:
             problems.append(f"{name}: no arrow key moves slider {at} from {before!r}")
+    return problems
+
+
+def sort_tables(page: Page, name: str) -> list[str]:
+    """Press every heading of an open page's sortable tables, twice: the rows stay, their order follows the heading.
+
+    Args, returns: as :func:`move_sliders`; a page without such tables has no problem.
+    """
+    problems = []
+    for table in page.locator(".sortable table").all():
+        rows = sorted(table.locator("tbody tr").all_inner_texts())
+        buttons = table.locator("th button").all()
+        if len(buttons) != table.locator("th").count():
+            problems.append(f"{name}: {len(buttons)} headings of a sortable table can be pressed")
+        for button in buttons:
+            turns = []
+            for direction in ("ascending", "descending"):
+                button.press("Enter")
+                cells = page.evaluate(COLUMN, button.element_handle())
+                known = [text for text in cells["texts"] if text != "–"]
+                turns.append(known)
+                if cells["sort"] != direction:
+                    problems.append(f"{name}: {button.inner_text()!r} sorts {cells['sort']}, expected {direction}")
+                if sorted(table.locator("tbody tr").all_inner_texts()) != rows:
+                    problems.append(f"{name}: {button.inner_text()!r} changes the rows, not only their order")
+            if len(set(turns[0])) > 1 and turns[0] == turns[1]:
+                problems.append(f"{name}: {button.inner_text()!r} keeps the order {turns[0][:3]}")
+            numbers = [float(text.strip("×")) for text in turns[0] if re.fullmatch(r"-?[\d.]+×?", text)]
+            if numbers != sorted(numbers):
+                problems.append(f"{name}: {button.inner_text()!r} has the order {numbers[:5]}")
     return problems
 
 

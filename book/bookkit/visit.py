@@ -44,7 +44,8 @@ def check_site(site: Path, chromium: Browser) -> list[str]:
             with browser.opened(chromium, theme, name, problems) as page:
                 titles[path] = browser.look(page, path, theme, name, problems)
                 if theme == "light":  # colours aside, both themes do the same
-                    problems += reader.move_sliders(page, name) + reader.copy_code(page, name)
+                    for use in (reader.move_sliders, reader.sort_tables, reader.copy_code):
+                        problems += use(page, name)
         problems += reader.hold_in_phone(chromium, path, f"{where} (phone)")
     for path in chapters:
         problems += _download(path, site)

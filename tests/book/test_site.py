@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shutil
@@ -156,6 +157,18 @@ def test_generated_pages_hold_what_the_package_says(site: Path) -> None:
             assert f"{chapter.number:02} {ident}" in hazards, f"the index does not say that {ident} plants a hazard"
         for claim in chapter.claims:
             assert f"{claim.before:g} → {claim.after:g}" in scoreboard, f"{ident}: {claim.what}"
+        assert f">{ident}<" in scoreboard, f"{ident} is neither among the measured nor the unmeasured chapters"
+    status = (site / "status.html").read_text(encoding="utf-8")
+    assert re.search(r"Built.*\d{4}-\d\d-\d\d \d\d:\d\d UTC.*Notebooks executed.*2.*Triton", status, re.DOTALL)
+
+
+def test_every_chapter_stands_in_the_reading_paths_and_on_the_picture(site: Path) -> None:
+    preface = (site / "preface.html").read_text(encoding="utf-8")
+    front = (site / "index.html").read_text(encoding="utf-8")
+    picture = front[front.index("step-picture") :]
+    for chapter in catalogue.load().values():
+        assert f"{chapter.number:02} {html.escape(chapter.title)}" in preface, chapter.id
+        assert f">{chapter.number:02}</text>" in picture, chapter.id
 
 
 def test_built_site_loads_nothing_from_elsewhere(site: Path) -> None:
@@ -284,6 +297,31 @@ def test_control_that_does_nothing_is_noticed(
     with browser.opened(chromium, "light", page.name, problems) as tab:
         browser.look(tab, page, "light", page.name, problems)
         problems += reader.move_sliders(tab, page.name) + reader.copy_code(tab, page.name)
+    assert any(re.search(problem, line) for line in problems), problems
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("piece", "instead", "problem"),
+    [
+        ("return up ? compareKeys(a, b) : compareKeys(b, a);", "return 0;", r"keeps the order"),
+        ("a.number - b.number", "b.number - a.number", r"has the order"),
+        ("body.append(", "body.replaceChildren(keyed[0][1]); [].concat(", r"changes the rows"),
+        ('up ? "ascending" : "descending"', '"ascending"', r"sorts ascending, expected descending"),
+        ("head.replaceChildren(button);", "", r"0 headings of a sortable table can be pressed"),
+    ],
+)
+def test_table_that_does_not_sort_is_noticed(
+    damaged: Path, chromium: Browser, piece: str, instead: str, problem: str
+) -> None:
+    script = damaged / "_static" / "sort.js"
+    text = script.read_text(encoding="utf-8")
+    assert piece in text
+    script.write_text(text.replace(piece, instead), encoding="utf-8")
+    problems: list[str] = []
+    with browser.opened(chromium, "light", "board", problems) as tab:
+        browser.look(tab, damaged / "scoreboard.html", "light", "board", problems)
+        problems += reader.sort_tables(tab, "board")
     assert any(re.search(problem, line) for line in problems), problems
 
 
