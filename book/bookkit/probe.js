@@ -30,8 +30,9 @@ window.bookProbe = {
     };
   },
 
-  // The lowest contrast of any text of the page against what it stands on (WCAG 2 relative luminance).
-  contrast: () => {
+  // The lowest contrast of any text of the page against what it stands on (WCAG 2 relative luminance). Text of drawings
+  // counts where it takes the page's colour; where it brings its own, it stands on a shape of the drawing.
+  contrast: (scope = "main") => {
     const channels = (text) => (text.match(/[\d.]+/g) || [0, 0, 0, 0]).map(Number);
     const linear = (value) => (value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
     const light = (color) => {
@@ -46,10 +47,12 @@ window.bookProbe = {
       return [255, 255, 255];
     };
     const texts = ["p", "li", "td", "th", "pre", "dt", "summary", "h1", "h2", "h3", ".widget-label", ".widget-readout"];
+    texts.push("figcaption", "caption", "svg text:not([fill])");
     let worst = { ratio: Infinity, text: "" };
-    for (const element of document.querySelectorAll(texts.map((text) => `main ${text}`).join(", "))) {
+    for (const element of document.querySelectorAll(texts.map((text) => `${scope} ${text}`).join(", "))) {
       if (!element.checkVisibility() || !element.textContent.trim()) continue;
-      const front = light(channels(getComputedStyle(element).color));
+      const style = getComputedStyle(element);
+      const front = light(channels(element instanceof SVGElement ? style.fill : style.color));
       const back = light(background(element));
       const ratio = (Math.max(front, back) + 0.05) / (Math.min(front, back) + 0.05);
       if (ratio < worst.ratio) worst = { ratio, text: element.textContent.trim().slice(0, 60) };

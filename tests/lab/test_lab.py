@@ -35,6 +35,7 @@ CHAPTERS = (
 )
 PANELS = "05_decode_launch_shape.ipynb"
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+PROBE = NOTEBOOKS.parent / "book" / "bookkit" / "probe.js"
 SERVER_S, RUN_S, STOP_S = 30, 90, 15
 CLICK_MS = 20_000  # a loaded machine with two cores
 
@@ -184,10 +185,18 @@ def test_notebook_restarts_and_runs_in_jupyterlab(chromium: Browser, lab: tuple[
         run_all(page, lab[1] / chapter)
 
 
-def test_panels_answer_to_the_keyboard_once_their_chapter_ran(chromium: Browser, lab: tuple[str, Path]) -> None:
+def test_panels_answer_to_the_keyboard_and_read_in_both_themes(chromium: Browser, lab: tuple[str, Path]) -> None:
     with opened(chromium, lab, PANELS) as page:
         run_all(page, lab[1] / PANELS)
         move_panels(page)
+        # The same outputs, not drawn anew, on the dark theme: they take the page's colours or bring readable ones.
+        page.evaluate(PROBE.read_text(encoding="utf-8"))
+        for theme, light in (("JupyterLab Light", "true"), ("JupyterLab Dark", "false")):
+            menu(page, "Settings", "Theme")
+            page.locator(".lm-Menu").get_by_text(theme, exact=True).click()
+            page.wait_for_function("light => document.body.dataset.jpThemeLight === light", arg=light)
+            worst = page.evaluate("bookProbe.contrast('.jp-OutputArea-output')")
+            assert worst["ratio"] >= 4, f"{theme}: contrast {worst['ratio']:.2f} at {worst['text']!r}"
 
 
 def move_panels(page: Page) -> None:
