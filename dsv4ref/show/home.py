@@ -43,7 +43,7 @@ def reading_minutes(path: Path) -> int:
 
 
 def contents(rows: Iterable[Mapping[str, Any]], folder: Path = Path()) -> str:
-    """The chapters as a table with links, part by part.
+    """The chapters as a table with links, part by part, as the book has them.
 
     Args:
         rows: ``number, title, part, gate, notebook, devices`` in order, as `catalogue.rows` gives them; rows without a
@@ -54,6 +54,8 @@ def contents(rows: Iterable[Mapping[str, Any]], folder: Path = Path()) -> str:
         Markdown, of which JupyterLab and the book each make links between notebooks in their own way.
     """
     chapters = [row for row in rows if row["gate"] is not None]
+    parts = list(dict.fromkeys(row["part"] for row in chapters))
+    chapters.sort(key=lambda row: parts.index(row["part"]))  # a late number may belong to an early part
     lines = ["| | Chapter | What changes | Minutes | Recorded on |", "|---|---|---|---|---|"]
     for part, members in groupby(chapters, key=lambda row: row["part"]):
         lines.append(f"| | **Part {_cell(part)}** | | | |")

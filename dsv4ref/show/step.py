@@ -122,7 +122,7 @@ def step_diagram(model: ModelConfig = V4_FLASH, link: Callable[[str], str] | Non
 def _whole(numbers: Sequence[int], pages: Mapping[int, str], link: Callable[[str], str] | None) -> str:
     """The chapters that are about the step as a whole, in the free place right of the first stage."""
     pills = [_pill(842 - 27 * (len(numbers) - i), 52, number, pages[number], link) for i, number in enumerate(numbers)]
-    return f'<text x="842" y="46" font-size="12" text-anchor="end">of no single stage:</text>{"".join(pills)}'
+    return f'<text x="842" y="46" font-size="12" text-anchor="end">chapters of no single stage:</text>{"".join(pills)}'
 
 
 def _boxes(m: ModelConfig) -> tuple[_Box, ...]:
