@@ -14,7 +14,7 @@ from bookkit import browser as windows
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-PHONE = {"width": 390, "height": 844}
+PHONE_WIDTH, PHONE_HEIGHT = 390, 844
 # From the click to a page that can be read: its text is there, laid out and painted.
 FIRST_PAGE_MS = 2000
 SITE_BYTES = 40 * 10**6
@@ -124,7 +124,7 @@ def hold_in_phone(browser: Browser, path: Path, name: str) -> list[str]:
     """
     problems: list[str] = []
     with windows.opened(browser, "light", name, problems) as page:
-        page.set_viewport_size(PHONE)
+        page.set_viewport_size({"width": PHONE_WIDTH, "height": PHONE_HEIGHT})
         page.goto(path.as_uri(), wait_until="load", timeout=windows.TIMEOUT_MS)
         windows.settle(page)
         found: dict[str, Any] = page.evaluate("bookProbe.overflow()")
