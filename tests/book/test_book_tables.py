@@ -92,7 +92,7 @@ def test_scoreboard_keeps_devices_apart() -> None:
 
 
 def test_unmeasured_chapters_show_predictions_per_device_and_what_is_not_known() -> None:
-    listed = [
+    listed: list[dict[str, Any]] = [
         {"id": "decode", "case": "flash-256", "predicted": {"a": 1.5, "b": None}, "gate": "bit", "hazards": 4},
         {"id": "tour", "case": None, "predicted": {}, "gate": "budget", "hazards": 11},
     ]
