@@ -261,6 +261,10 @@ def test_missing_piece_is_noticed(
             r"theme 'dark'",
         ),
         ("<div class='math notranslate'>\\(\\undefinedmacro\\)</div>", r"shows an error: "),
+        (
+            "<div><svg aria-label='a word'><text y='9' style='fill: #999'>Fog</text></svg></div>",
+            r"2\.8 < 4\.5 at 'Fog'",
+        ),
         ("<div><svg width='9' height='9'><path d='M0 0'/></svg></div>", r"a picture without a description: <svg"),
         ("<div><img src='../_static/file.png' alt='../_static/file.png'></div>", r"without a description: <img"),
     ],

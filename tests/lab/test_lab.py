@@ -36,8 +36,8 @@ CHAPTERS = (
 PANELS = "05_decode_launch_shape.ipynb"
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 PROBE = NOTEBOOKS.parent / "book" / "bookkit" / "probe.js"
-SERVER_S, RUN_S, STOP_S = 30, 90, 15
-CLICK_MS = 20_000  # a loaded machine with two cores
+SERVER_S, RUN_S, STOP_S = 30, 180, 15
+CLICK_MS = 40_000  # a loaded machine with two cores
 
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # all cells in the page: the test reads their prompts
