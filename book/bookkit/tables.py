@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -198,7 +199,7 @@ def scoreboard(rows: Iterable[Mapping[str, Any]], documents: Mapping[str, str]) 
             (
                 _chapter(row["id"], None, documents),
                 row["case"],
-                row["claimed"] or NONE,
+                ", ".join(re.findall(r"[+-][\d.]+ %", row["claimed"] or "")) or NONE,  # of what, the claims' table says
                 NONE if row["predicted"] is None else f"{row['predicted']:.2f}×",
                 _ratio(row),
                 f"±{100 * row['noise_floor']:.2g} %",

@@ -55,7 +55,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "id": "decode", "case": "flash-256", "device": "h200", "method": "graph", "baseline_us": 1682.74,
         "optimized_us": 244.51, "ratio": 6.882, "ratio_ci": [6.87, 6.9], "resolvable": True, "predicted": 7.0,
         "peers": {"FlashMLA": 88.9}, "gate": "passed", "stale": False, "date": "2026-01-02T03:04:05+00:00",
-        "claimed": "+5.50 % tok/s, 2x MI300X", "noise_floor": 0.004, "hazards": 9,
+        "claimed": "+5.50 % tok/s, 2x MI300X; +1.00 % tok/s, B", "noise_floor": 0.004, "hazards": 9,
     }  # fmt: skip
     return row | changes
 
@@ -63,7 +63,7 @@ def report(**changes: Any) -> dict[str, Any]:
 def test_scoreboard_row_shows_times_ratio_interval_and_peers() -> None:
     (row,) = rows_of(tables.scoreboard([report()], DOCUMENTS))
     assert row == (
-        "| [decode](/chapters/05_decode.ipynb) | flash-256 | +5.50 % tok/s, 2x MI300X | 7.00× | 6.88× [6.87, 6.90] "
+        "| [decode](/chapters/05_decode.ipynb) | flash-256 | +5.50 %, +1.00 % | 7.00× | 6.88× [6.87, 6.90] "
         "| ±0.4 % | 1683 | 244.5 | FlashMLA 88.9 | passed | 9 | graph | 2026-01-02 | no |"
     )
 
@@ -75,6 +75,7 @@ def test_scoreboard_says_when_a_ratio_is_not_resolvable_or_stale_or_not_predicte
         "resolvable": False,
         "stale": True,
         "predicted": None,
+        "claimed": None,
         "peers": {},
     }
     (row,) = rows_of(tables.scoreboard([report(**changes)], {}))
