@@ -310,5 +310,6 @@ def _us(value: float) -> str:
 
 def _ratio(row: Mapping[str, Any]) -> str:
     low, high = row["ratio_ci"]
-    text = f"{row['ratio']:.2f}× [{low:.2f}, {high:.2f}]"
+    digits = 2 if abs(row["ratio"] - 1) >= 0.1 else 3  # near 1 the third is what matters
+    text = f"{row['ratio']:.{digits}f}× [{low:.{digits}f}, {high:.{digits}f}]"
     return text if row["resolvable"] else f"{text} not resolvable"

@@ -79,7 +79,7 @@ def test_scoreboard_says_when_a_ratio_is_not_resolvable_or_stale_or_not_predicte
         "peers": {},
     }
     (row,) = rows_of(tables.scoreboard([report(**changes)], {}))
-    assert "| – | 1.00× [0.99, 1.02] not resolvable |" in row
+    assert "| – | 1.004× [0.990, 1.020] not resolvable |" in row
     assert row.endswith("| 2026-01-02 | stale |")
 
 
