@@ -10,6 +10,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 # PYTHON=python3.x what the environment is made with
 # TORCH=...        another build of torch, TORCH_INDEX=URL where it is; kept until chosen anew, or make clean
 # LAB_ARGS=...     passed on to jupyter lab;  OUT=DIR  where measure writes;  ARGS=... chapters to measure
+# BOOK_CHECK=--audit  the accessibility audit has to run; otherwise it is left out, and said to be, without axe-core
 VENV := .venv
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$p" && break; done)
@@ -90,7 +91,7 @@ book: $(READY) ## build the book and try every page in a browser without network
 	$(call say,Book)
 	@$(NPM)
 	@$(ONE_THREAD) $(PY) book/build.py
-	@if $(PY) -c "$$CHROMIUM_PROBE"; then $(PY) book/check_site.py; \
+	@if $(PY) -c "$$CHROMIUM_PROBE"; then $(PY) book/check_site.py $(BOOK_CHECK); \
 	else echo "The book is built, and was not tried in a browser."; fi
 
 isa: $(READY) ## registers, spills, LDS and MFMA of every kernel for gfx942 and gfx950, no GPU needed

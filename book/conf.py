@@ -48,7 +48,7 @@ nb_output_stderr = "remove"
 # Everything the pages load is served from _static: the site opens from file:// with no network.
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
-html_js_files = ["names.js"]
+html_js_files = ["names.js", "sort.js"]
 mathjax_path = "vendor/mathjax/es5/tex-svg.js"
 mathjax3_config = {
     # The menu loads further parts of MathJax on demand, which are not vendored.

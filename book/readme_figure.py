@@ -12,42 +12,22 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from dsv4ref.evidence import records
 from dsv4ref.optimizations.report import report_rows
-from dsv4ref.show import plots
+from dsv4ref.show import home, plots
 
 FIGURE = Path(__file__).resolve().parents[1] / "README-figure.svg"
-CASE = "flash-256"  # V4-Flash at 256 rows: in the middle of the sizes that are measured
-
-
-def chosen(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """One row per chapter and device: its ``flash-256`` case, or the first measured one where there is no such case.
-
-    Args:
-        rows: as ``report_rows`` gives them.
-
-    Raises:
-        ValueError: no rows.
-    """
-    if not rows:
-        raise ValueError("rows: got none, expected at least one measured chapter; see dsv4ref report")
-    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["id"], row["device"], row["method"]), []).append(row)
-    return [next((row for row in group if row["case"] == CASE), group[0]) for group in groups.values()]
 
 
 def figure() -> Figure:
     """The figure of the records that ship; its label is the description, with days and devices."""
-    rows = chosen(report_rows(records.shipped()))
+    rows = home.one_case_each(report_rows(records.shipped()))
     # Drawn, but not described: a kernel that changes makes the record stale, not the figures in it wrong.
     changed = " (kernels have changed since)" if any(row["stale"] for row in rows) else ""
     fig = plots.predicted_vs_measured(rows, f"Speedup, as predicted and as measured{changed}")

@@ -233,6 +233,7 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Also write the scoreboard as one HTML file.")] = None,
 ) -> None:
     """Print the scoreboard from records: claimed, predicted, measured, peers, stale or not."""
+    from dsv4ref.optimizations import catalogue
     from dsv4ref.optimizations.report import report_rows
     from dsv4ref.show import tables
 
@@ -241,6 +242,9 @@ def report(
         with _refusals():
             html.write_text(tables.scoreboard_html(rows), encoding="utf-8")
     _show(rows, tables.scoreboard_columns(rows), as_json, "Scoreboard: ratio = baseline / optimised")
+    without = [id for id in catalogue.load() if id not in {row["id"] for row in rows}]
+    if without:
+        _note(f"no record yet: {', '.join(without)}")
 
 
 @app.command()
@@ -352,7 +356,8 @@ def lab(
     if shutil.which("jupyter-lab", path=str(Path(sys.executable).parent)) is None:
         _refuse("JupyterLab is not installed here; expected dsv4ref with its lab extra: pip install -e .[lab]")
     command = [sys.executable, "-m", "jupyterlab", str(start), *context.args]
-    raise typer.Exit(subprocess.call(command))
+    # As under make test: on tensors this small a second thread costs more than it gives, most of all on a busy machine.
+    raise typer.Exit(subprocess.call(command, env={"OMP_NUM_THREADS": "1"} | os.environ))
 
 
 def main() -> None:

@@ -186,6 +186,7 @@ def execute(path: Path | str, timeout: float = 300.0, progress: bool = True) -> 
         nb,
         km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_this_environment()),
         timeout=timeout,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # how a kernel listens is no news to who runs a notebook
         resources={"metadata": {"path": str(path.resolve().parent)}},
     )
     with client.setup_kernel():

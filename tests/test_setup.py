@@ -224,6 +224,20 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     stages = re.findall(r"^stage (.+)$", text, re.MULTILINE)
     assert {"make lint", "make test", "make workbook"} <= set(stages)
     assert stages.index("make lint") < stages.index("make test")
+    timed = dict(re.findall(r"^within (\d+) (?:env \S+ )?(.+)$", text, re.MULTILINE))
+    assert timed == {"360": "first_chapter", "600": ".venv/bin/python book/build.py"}
+
+
+@pytest.mark.parametrize(("limit", "status"), [(5, 0), (0, 1)])
+def test_ci_stops_at_a_stage_that_takes_too_long(limit: int, status: int) -> None:
+    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    functions = re.findall(r"^(?:stage|within)\(\) \{\n.*?^\}$", text, re.MULTILINE | re.DOTALL)
+    assert len(functions) == 2
+    script = "\n".join(["set -euo pipefail", "times=", *functions, f"within {limit} sleep 1.1", "echo went on"])
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert ("went on" in done.stdout) == (status == 0)
+    assert bool(re.search(r"sleep 1\.1 took \d s, expected at most 0", done.stderr)) == (status == 1)
 
 
 # Written in pieces, so that this file does not hold what it looks for. Tests of bad paths may show the home of "me".

@@ -6,15 +6,12 @@ What a page must show is read off the page itself: its formulas, widget views, f
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
-
-from sphinx.search.en import SearchEnglish
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -58,36 +55,6 @@ def chromium() -> Iterator[Browser]:
             browser.close()
 
 
-def check_site(site: Path, browser: Browser) -> list[str]:
-    """Check every page of a site, the notebook downloads and the search.
-
-    Args:
-        site: built HTML folder.
-        browser: from :func:`chromium`.
-
-    Returns:
-        One line per problem; empty if the site works.
-
-    Raises:
-        ValueError: the site has no chapters.
-    """
-    pages = [page for page in sorted(site.glob("*.html")) if page.name not in ("search.html", "genindex.html")]
-    chapters = sorted((site / "chapters").glob("*.html"))
-    if not chapters:
-        raise ValueError(f"site: {site} has no chapters/*.html, expected a book with at least one chapter")
-    problems: list[str] = []
-    titles: dict[Path, str] = {}
-    for theme in ("light", "dark"):
-        for path in [*pages, *chapters]:
-            name = f"{path.relative_to(site).as_posix()} ({theme})"
-            with opened(browser, theme, name, problems) as page:
-                titles[path] = look(page, path, theme, name, problems)
-    for path in chapters:
-        problems += _download(path, site)
-        problems += search(browser, site, _longest_word(titles[path]), path)
-    return problems
-
-
 def look(page: Page, path: Path, theme: str, name: str, problems: list[str]) -> str:
     """Open one page and compare what it shows with what its HTML promises.
 
@@ -102,14 +69,14 @@ def look(page: Page, path: Path, theme: str, name: str, problems: list[str]) -> 
         The page's H1.
     """
     page.goto(path.as_uri(), wait_until="load", timeout=TIMEOUT_MS)
-    _wait(page, "() => { const n = bookProbe.counts(); return n.widgets >= n.views && n.copy >= n.blocks; }")
-    page.evaluate("bookProbe.settle()")
+    settle(page)
     found: dict[str, Any] = page.evaluate("bookProbe.counts()")
     views = found["views"]
     if found["drawn"] < found["formulas"]:
         problems.append(f"{name}: {found['drawn']} of {found['formulas']} formulas are drawn")
     problems += [f"{name}: shows an error: {text!r}" for text in found["errors"]]
     problems += [f"{name}: image {source} is not shown" for source, width in found["images"] if not width]
+    problems += [f"{name}: a picture without a description: {markup}" for markup in found["unnamed"]]
     if found["copy"] < found["blocks"]:
         problems.append(f"{name}: {found['copy']} of {found['blocks']} code blocks have a copy button")
     if found["widgets"] < views:
@@ -123,6 +90,12 @@ def look(page: Page, path: Path, theme: str, name: str, problems: list[str]) -> 
     if shown != theme:
         problems.append(f"{name}: the page is in theme {shown!r}")
     return str(found["title"])
+
+
+def settle(page: Page) -> None:
+    """Wait until an open page has drawn what it draws after loading, or has had its time."""
+    _wait(page, "() => { const n = bookProbe.counts(); return n.widgets >= n.views && n.copy >= n.blocks; }")
+    page.evaluate("bookProbe.settle()")
 
 
 def search(browser: Browser, site: Path, word: str, expected: Path) -> list[str]:
@@ -178,21 +151,3 @@ def _wait(page: Page, condition: str) -> bool:
     except Timeout:
         return False
     return True
-
-
-def _download(path: Path, site: Path) -> Iterable[str]:
-    """The chapter's page links to its notebook, and the notebook is there."""
-    name = path.relative_to(site).as_posix()
-    links = re.findall(r'<a href="([^"]+\.ipynb)"[^>]*download', path.read_text(encoding="utf-8"), re.DOTALL)
-    if not links:
-        return [f"{name}: has no button that downloads the notebook"]
-    target = (path.parent / links[0]).resolve()
-    if not target.is_file() or "cells" not in json.loads(target.read_text(encoding="utf-8")):
-        return [f"{name}: the download {links[0]} is not a notebook of the site"]
-    return []
-
-
-def _longest_word(title: str) -> str:
-    """The longest word of a title that Sphinx's search index keeps."""
-    words = [word for word in re.findall(r"[A-Za-z]+", title) if word.lower() not in SearchEnglish.stopwords]
-    return max(words, key=len)

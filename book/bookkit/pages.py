@@ -1,15 +1,19 @@
 """Sphinx extension: directives for the parts of the book that are generated at build time.
 
-``{chapters}`` the table of contents by part; ``{hazard-index}``, ``{settings-table}``, ``{scoreboard}``, ``{claims}``,
-``{run-status}``, ``{device}`` and ``{devices}`` the tables of :mod:`bookkit.tables`, read from the installed package.
-The role ``{chapter}`` links a chapter by its id. Pages that hold one of them are read again at every build, because
-what they show does not live in the source tree.
+``{chapters}`` the table of contents by part; ``{hazard-index}``, ``{settings-table}``, ``{scoreboard}``,
+``{unmeasured}``, ``{claims}``, ``{run-status}``, ``{build-status}``, ``{device}`` and ``{devices}`` the tables of
+:mod:`bookkit.tables`, read from the installed package; ``{step-picture}`` the decode step with links to the chapters.
+The role ``{chapter}`` links a chapter by its id, ``{part}`` all chapters of a part. Pages that hold one of them are
+read again at every build, because what they show does not live in the source tree.
 """
 
 from __future__ import annotations
 
+import platform
 import tomllib
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,11 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from bookkit import stage, tables
-from dsv4ref import device, settings
+from dsv4ref import device, kernels, settings
 from dsv4ref.evidence import records
-from dsv4ref.optimizations import catalogue, report
+from dsv4ref.optimizations import catalogue, chapter, report
+from dsv4ref.optimizations.base import Optimization
+from dsv4ref.show import home, step
 
 
 class Generated(SphinxDirective):
@@ -81,6 +87,43 @@ class Scoreboard(Generated):
         return tables.scoreboard(report.report_rows(measured()), self.documents())
 
 
+class Unmeasured(Generated):
+    """The chapters that nobody has measured yet, with what is predicted for them."""
+
+    def markdown(self) -> str:
+        recorded = {row["id"] for row in report.report_rows(measured())}
+        devices = [spec.key for spec in device.KNOWN_DEVICES.values() if spec.compute_units is not None]
+        rows = []
+        for ident, optimization in catalogue.load().items():
+            if ident in recorded:
+                continue
+            predicted = chapter.board_rows(optimization, (), devices)
+            cases = list(dict.fromkeys(row["case"] for row in predicted))
+            case = home.CASE if home.CASE in cases else next(iter(cases), None)
+            ratios = {row["device"]: row["predicted"] for row in predicted if row["case"] == case}
+            rows.append(
+                {"id": ident, "case": case, "predicted": ratios, "gate": optimization.gate.name}
+                | {"hazards": len(optimization.hazards)}
+            )
+        return tables.unmeasured_table(rows, devices, self.documents())
+
+
+class BuildStatus(Generated):
+    """What the pages were computed with, when and where."""
+
+    def markdown(self) -> str:
+        versions = {name: metadata.version(name) for name in ("torch", "triton", "sphinx")}
+        here = device.current()
+        mode = "Triton's CPU interpreter" if kernels.mode() == "interpreted" else "compiled kernels"
+        facts = (
+            ("Built", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"),
+            ("Notebooks executed", len(self.chapters())),
+            ("On", f"{here.name}, with {mode}"),
+            ("With", f"Python {platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in versions.items())),
+        )
+        return tables.table(("What", "This build"), facts, "")
+
+
 class Claims(Generated):
     """What the sources published."""
 
@@ -114,19 +157,46 @@ class Devices(Generated):
         return tables.device_arithmetic(gpus) if self.arguments == ["arithmetic"] else tables.device_comparison(gpus)
 
 
+class StepPicture(Generated):
+    """One decode step on one page; the numbers on its stages lead to the chapters."""
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_reread()
+        known = {chapter.path.name for chapter in self.chapters()}
+
+        def link(notebook: str) -> str:
+            return f"{stage.CHAPTERS}/{notebook.removesuffix('.ipynb')}.html" if notebook in known else ""
+
+        return [nodes.raw("", f'<div class="step-picture">{step.step_diagram(link=link)}</div>', format="html")]
+
+
 class ChapterLink(SphinxRole):
     """``{chapter}`output_passthrough` ``: number and title, a link where the book has the notebook."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         self.env.note_reread()
-        optimization = catalogue.get(self.text)
+        return [self.link(catalogue.get(self.text))], []
+
+    def link(self, optimization: Optimization) -> nodes.Node:
         shown = nodes.inline("", f"{optimization.number:02} {optimization.title}")
         document = f"{stage.CHAPTERS}/{optimization.notebook.removesuffix('.ipynb')}"
         if document not in self.env.found_docs:
-            return [shown], []
+            return shown
         options = {"refdomain": "std", "reftype": "doc", "reftarget": f"/{document}", "refexplicit": True}
-        link = addnodes.pending_xref("", shown, refdoc=self.env.docname, refwarn=True, **options)
-        return [link], []
+        return addnodes.pending_xref("", shown, refdoc=self.env.docname, refwarn=True, **options)
+
+
+class PartLinks(ChapterLink):
+    """``{part}`II` ``: every chapter of that part, in order, or that there is none yet."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        self.env.note_reread()
+        if self.text not in stage.PARTS:
+            raise ValueError(f"part: got {self.text!r}, expected one of {', '.join(filter(None, stage.PARTS))}")
+        links = [self.link(one) for one in catalogue.load().values() if one.part.split()[0] == self.text]
+        if not links:
+            return [nodes.Text("no chapter yet")], []
+        return [node for one in links for node in (nodes.Text(", "), one)][1:], []
 
 
 def measured() -> tuple[records.Record, ...]:
@@ -140,9 +210,13 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("hazard-index", HazardIndex)
     app.add_directive("settings-table", SettingsTable)
     app.add_directive("scoreboard", Scoreboard)
+    app.add_directive("unmeasured", Unmeasured)
+    app.add_directive("build-status", BuildStatus)
     app.add_directive("claims", Claims)
     app.add_directive("run-status", RunStatus)
     app.add_directive("device", Device)
     app.add_directive("devices", Devices)
+    app.add_directive("step-picture", StepPicture)
     app.add_role("chapter", ChapterLink())
+    app.add_role("part", PartLinks())
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -177,11 +178,11 @@ def settings_table(rows: Iterable[Mapping[str, str]]) -> str:
 
 
 def scoreboard(rows: Iterable[Mapping[str, Any]], documents: Mapping[str, str]) -> str:
-    """The scoreboard, one table per device.
+    """The scoreboard, one sortable table per device.
 
     Args:
         rows: rows of ``dsv4ref.optimizations.report.report_rows``: id, case, device, method, baseline_us, optimized_us,
-            ratio, ratio_ci, resolvable, predicted, peers, gate, stale and date.
+            ratio, ratio_ci, noise_floor, resolvable, predicted, claimed, peers, gate, hazards, stale and date.
         documents: per chapter id its document, for links.
 
     Returns:
@@ -190,24 +191,57 @@ def scoreboard(rows: Iterable[Mapping[str, Any]], documents: Mapping[str, str]) 
     by_device: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_device.setdefault(row["device"], []).append(row)
-    header = ("Chapter, case", "µs", "Ratio", "Predicted", "Peers, µs", "Gate", "Method", "Record")
+    header = ("Chapter", "Case", "Claimed", "Predicted", "Measured [95 %]", "Noise", "µs, before", "µs, after",
+              "Peers, µs", "Gate", "Bugs planted", "Method", "Recorded", "Stale")  # fmt: skip
     parts = []
     for device in sorted(by_device):
         cells = [
             (
-                f"{_chapter(row['id'], None, documents)} {row['case']}",
-                f"{_us(row['baseline_us'])} → {_us(row['optimized_us'])}",
-                _ratio(row),
+                _chapter(row["id"], None, documents),
+                row["case"],
+                ", ".join(re.findall(r"[+-][\d.]+ %", row["claimed"] or "")) or NONE,  # of what, the claims' table says
                 NONE if row["predicted"] is None else f"{row['predicted']:.2f}×",
+                _ratio(row),
+                f"±{100 * row['noise_floor']:.2g} %",
+                _us(row["baseline_us"]),
+                _us(row["optimized_us"]),
                 ", ".join(f"{name} {_us(us)}" for name, us in row["peers"].items()) or NONE,
                 row["gate"],
+                row["hazards"],
                 row["method"],
-                f"{row['date'][:10]}{', stale' if row['stale'] else ''}",
+                row["date"][:10],
+                "stale" if row["stale"] else "no",
             )
             for row in by_device[device]
         ]
-        parts.append(f"```{{rubric}} {device}\n```\n\n" + table(header, cells, ""))
+        parts.append(f"```{{rubric}} {device}\n```\n\n{_sortable(table(header, cells, ''))}")
     return "\n".join(parts) or "No measurement ships with the workbook yet.\n"
+
+
+def unmeasured_table(rows: Iterable[Mapping[str, Any]], devices: Sequence[str], documents: Mapping[str, str]) -> str:
+    """The chapters without a record, each with what is predicted for one of its cases.
+
+    Args:
+        rows: ``id, case`` (None where there is nothing to time), ``gate, hazards`` and ``predicted`` (device -> ratio
+            or None).
+        devices: whose predictions to show.
+        documents: per chapter id its document, for links.
+
+    Returns:
+        Markdown.
+    """
+    cells = []
+    for row in rows:
+        ratios = [row["predicted"].get(device) for device in devices]
+        shown = [NONE if ratio is None else f"{ratio:.2f}×" for ratio in ratios]
+        case = row["case"] or "nothing to time"
+        cells.append((_chapter(row["id"], None, documents), case, *shown, row["gate"], row["hazards"]))
+    header = ("Chapter", "Case", *(f"Predicted, {device}" for device in devices), "Gate", "Bugs planted")
+    return _sortable(table(header, cells, "Every chapter has a record."))
+
+
+def _sortable(markdown: str) -> str:
+    return f":::{{div}} sortable\n\n{markdown}\n:::\n"
 
 
 def claims_table(catalogue: Mapping[str, Any], documents: Mapping[str, str]) -> str:
@@ -276,5 +310,6 @@ def _us(value: float) -> str:
 
 def _ratio(row: Mapping[str, Any]) -> str:
     low, high = row["ratio_ci"]
-    text = f"{row['ratio']:.2f}× [{low:.2f}, {high:.2f}]"
+    digits = 2 if abs(row["ratio"] - 1) >= 0.1 else 3  # near 1 the third is what matters
+    text = f"{row['ratio']:.{digits}f}× [{low:.{digits}f}, {high:.{digits}f}]"
     return text if row["resolvable"] else f"{text} not resolvable"

@@ -5,6 +5,7 @@ The command line and the notebooks show the same rows.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def comparison_rows(opt: Optimization, cases: Iterable[str] | None = None) -> li
     names = [name for name, case in opt.cases.items() if case.tiny] if cases is None else list(cases)
     seed = settings.get("DSV4REF_SEED")
     rows = []
-    for name in names:
+    for name in _progress(names, "gate"):
         for c in base.verify(opt, name, device=where(), seed=seed).comparisons:
             rows.append(
                 {
@@ -203,7 +204,11 @@ def measurements(opt: Optimization, cases: Iterable[str] | None = None) -> tuple
     wanted = [c.name for c in opt.cases.values() if c.measured] if cases is None else list(cases)
     if kernels.mode() == "compiled" and torch.cuda.is_available():
         seed, run = settings.get("DSV4REF_SEED"), records.new_run()
-        live = [r for name in wanted for r in measure.measure_case(opt, opt.case(name), seed=seed, run=run)]
+        live = [
+            r
+            for name in _progress(wanted, "measuring")
+            for r in measure.measure_case(opt, opt.case(name), seed=seed, run=run)
+        ]
         return f"measured live on {device.current().name}", live
     shipped = records.latest(records.shipped(extra=settings.get("DSV4REF_RECORDS")))
     kept = [r for r in shipped if r.chapter == opt.id and r.case in wanted]
@@ -218,4 +223,16 @@ def measurements(opt: Optimization, cases: Iterable[str] | None = None) -> tuple
 
 def isa_rows(opt: Optimization, archs: Sequence[str] = ("gfx942", "gfx950")) -> list[dict[str, Any]]:
     """Cross-compile the chapter's kernels and read registers, spills, LDS, waves and MFMA from the ISA."""
-    return [row.as_json() for arch in archs for row in isa.compile_rows(opt.kernels(arch), (arch,))]
+    return [
+        row.as_json() for arch in _progress(archs, "compiling") for row in isa.compile_rows(opt.kernels(arch), (arch,))
+    ]
+
+
+def _progress(items: Sequence[str], what: str) -> Iterable[str]:
+    """The items; in a notebook with a bar, if they take over two seconds. The command line prints rows instead."""
+    if "ipykernel" not in sys.modules:
+        return items
+    from tqdm import tqdm
+
+    bar: Iterable[str] = tqdm(items, desc=what, delay=2, leave=False)
+    return bar

@@ -24,8 +24,9 @@ def report_rows(measured: Iterable[Record]) -> list[dict[str, Any]]:
 
     Returns:
         Rows with id, case, device, method, baseline_us, optimized_us, ratio, ratio_ci, noise_floor, predicted, claimed,
-        peers, gate, stale; then variants (other variants' microseconds), bound_us, date, resolvable. Times are p50
-        microseconds; ratio is baseline over optimised; claimed is text, since published gains are of whole systems.
+        peers, gate, stale; then hazards (how many bugs the chapter plants), variants (other variants' microseconds),
+        bound_us, date, resolvable. Times are p50 microseconds; ratio is baseline over optimised; claimed is text, since
+        published gains are of whole systems.
     """
     chapters = catalogue.load()
     groups: dict[tuple[str, str, str, str], dict[str, Record]] = {}
@@ -65,6 +66,7 @@ def _row(opt: Optimization, case: str, device: str, method: str, variants: dict[
         "peers": {n.removeprefix(PEER_PREFIX): us for n, us in others.items() if n.startswith(PEER_PREFIX)},
         "gate": optimized.gate,
         "stale": records.is_stale(optimized),
+        "hazards": len(opt.hazards),
         "variants": {n: us for n, us in others.items() if not n.startswith(PEER_PREFIX)},
         "bound_us": optimized.bound_us,
         "date": optimized.date,

@@ -206,6 +206,10 @@ def predicted_vs_measured(rows: Sequence[Row], title: str = "Speedup: predicted,
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.grid(visible=False, axis="y")
         ax.margins(x=0.1)
+        ratios = [1.0, *(value for pairs in drawn.values() for _, value in pairs)]
+        if min(ratios) > 0 and max(ratios) / min(ratios) > LOG_SPAN:
+            ax.set_xscale("log")
+            _plain_ticks(ax.xaxis)
         ax.set_xlabel("baseline time / optimised time (1 = no change)")
         ax.set_title(title)
         fig.legend(loc="outside upper right", ncols=3)

@@ -88,13 +88,17 @@ def step_diagram(model: ModelConfig = V4_FLASH, link: Callable[[str], str] | Non
 
     Args:
         model: whose widths are shown.
-        link: file name of a chapter's notebook -> URL, where numbers are to be links.
+        link: file name of a chapter's notebook -> URL, where numbers are to be links; an empty URL is none.
 
     Returns:
-        an ``<svg>`` element that takes its text colour from the page and describes itself to screen readers.
+        an ``<svg>`` element that takes its text colour from the page and describes itself to screen readers. Chapters
+        of the catalogue that change no single stage stand beside the first one.
     """
     pages = {chapter.number: chapter.notebook for chapter in catalogue.load().values()}
-    parts = [_frame(10, 92, 840, 458, f"{model.n_layers} layers, each:"), _frame(20, 118, 570, 420, "attention half")]
+    placed = {number for stage in STAGES.values() for number in stage.chapters}
+    whole = sorted(set(pages) - placed)
+    parts = [_whole(whole, pages, link)] if whole else []
+    parts += [_frame(10, 92, 840, 458, f"{model.n_layers} layers, each:"), _frame(20, 118, 570, 420, "attention half")]
     parts += [_frame(602, 118, 238, 420, "experts half"), *map(_arrow, _ARROWS)]
     for box in _boxes(model):
         parts.append(_drawn_box(box, pages, link))
@@ -104,10 +108,21 @@ def step_diagram(model: ModelConfig = V4_FLASH, link: Callable[[str], str] | Non
         + (f" (chapters {', '.join(map(str, stage.chapters))})" if stage.chapters else "")
         for stage in STAGES.values()
     )
+    if whole:
+        said += f"; chapters of no single stage: {', '.join(map(str, whole))}"
+    role = "group" if link else "img"  # what is inside an image cannot be reached
     return (
-        f'<svg viewBox="0 0 860 690" role="img" aria-label="{html.escape(said, quote=True)}" font-family="sans-serif" '
-        'font-size="13" fill="currentColor" style="width:100%;max-width:860px;height:auto">' + "".join(parts) + "</svg>"
+        f'<svg viewBox="0 0 860 690" role="{role}" aria-label="{html.escape(said, quote=True)}" '
+        'font-family="sans-serif" font-size="13" fill="currentColor" style="width:100%;max-width:860px;height:auto">'
+        + "".join(parts)
+        + "</svg>"
     )
+
+
+def _whole(numbers: Sequence[int], pages: Mapping[int, str], link: Callable[[str], str] | None) -> str:
+    """The chapters that are about the step as a whole, in the free place right of the first stage."""
+    pills = [_pill(842 - 27 * (len(numbers) - i), 52, number, pages[number], link) for i, number in enumerate(numbers)]
+    return f'<text x="842" y="46" font-size="12" text-anchor="end">chapters of no single stage:</text>{"".join(pills)}'
 
 
 def _boxes(m: ModelConfig) -> tuple[_Box, ...]:
@@ -214,7 +229,9 @@ def _pill(x: float, y: float, number: int, page: str | None, link: Callable[[str
         f'<rect x="{x}" y="{y}" width="24" height="15" rx="7" fill="{fill}" stroke="{plots.BLUE}"/>'
         f'<text x="{x + 12}" y="{y + 11.5}" font-size="11" text-anchor="middle" fill="{ink}">{number:02d}</text>'
     )
-    return f'<a href="{html.escape(link(page), quote=True)}">{pill}</a>' if page and link else pill
+    url = link(page) if page and link else ""
+    says = f"chapter {number:02d}"
+    return f'<a href="{html.escape(url, quote=True)}" aria-label="{says}">{pill}</a>' if url else pill
 
 
 def _legend(pages: Mapping[int, str]) -> str:

@@ -179,8 +179,11 @@ def scoreboard(rows: Sequence[Row], caption: str = "Scoreboard: ratio = baseline
 
 
 def scoreboard_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """`SCOREBOARD`, with the peers' column only where a row has measured peers."""
-    return SCOREBOARD if any(row.get("peers") for row in rows) else tuple(c for c in SCOREBOARD if c.key != "peers")
+    """`SCOREBOARD`, with peers only where a row has some, and planted bugs where every row counts them."""
+    shown = [column for column in SCOREBOARD if column.key != "peers" or any(row.get("peers") for row in rows)]
+    if rows and all("hazards" in row for row in rows):
+        shown.insert([column.key for column in shown].index("gate") + 1, Column("hazards", "bugs planted"))
+    return tuple(shown)
 
 
 def device_card(facts: Mapping[str, Any], caption: str = "This machine", note: str = "") -> Html:

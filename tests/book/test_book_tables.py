@@ -55,6 +55,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "id": "decode", "case": "flash-256", "device": "h200", "method": "graph", "baseline_us": 1682.74,
         "optimized_us": 244.51, "ratio": 6.882, "ratio_ci": [6.87, 6.9], "resolvable": True, "predicted": 7.0,
         "peers": {"FlashMLA": 88.9}, "gate": "passed", "stale": False, "date": "2026-01-02T03:04:05+00:00",
+        "claimed": "+5.50 % tok/s, 2x MI300X; +1.00 % tok/s, B", "noise_floor": 0.004, "hazards": 9,
     }  # fmt: skip
     return row | changes
 
@@ -62,8 +63,8 @@ def report(**changes: Any) -> dict[str, Any]:
 def test_scoreboard_row_shows_times_ratio_interval_and_peers() -> None:
     (row,) = rows_of(tables.scoreboard([report()], DOCUMENTS))
     assert row == (
-        "| [decode](/chapters/05_decode.ipynb) flash-256 | 1683 → 244.5 | 6.88× [6.87, 6.90] | 7.00× "
-        "| FlashMLA 88.9 | passed | graph | 2026-01-02 |"
+        "| [decode](/chapters/05_decode.ipynb) | flash-256 | +5.50 %, +1.00 % | 7.00× | 6.88× [6.87, 6.90] "
+        "| ±0.4 % | 1683 | 244.5 | FlashMLA 88.9 | passed | 9 | graph | 2026-01-02 | no |"
     )
 
 
@@ -74,11 +75,12 @@ def test_scoreboard_says_when_a_ratio_is_not_resolvable_or_stale_or_not_predicte
         "resolvable": False,
         "stale": True,
         "predicted": None,
+        "claimed": None,
         "peers": {},
     }
     (row,) = rows_of(tables.scoreboard([report(**changes)], {}))
-    assert "| 1.00× [0.99, 1.02] not resolvable | – | – |" in row
-    assert row.endswith("| 2026-01-02, stale |")
+    assert "| – | 1.004× [0.990, 1.020] not resolvable |" in row
+    assert row.endswith("| 2026-01-02 | stale |")
 
 
 def test_scoreboard_keeps_devices_apart() -> None:
@@ -88,6 +90,21 @@ def test_scoreboard_keeps_devices_apart() -> None:
     assert len(rows_of(first)) == 1
     assert len(rows_of(second)) == 2
     assert tables.scoreboard([], {}) == "No measurement ships with the workbook yet.\n"
+
+
+def test_unmeasured_chapters_show_predictions_per_device_and_what_is_not_known() -> None:
+    listed: list[dict[str, Any]] = [
+        {"id": "decode", "case": "flash-256", "predicted": {"a": 1.5, "b": None}, "gate": "bit", "hazards": 4},
+        {"id": "tour", "case": None, "predicted": {}, "gate": "budget", "hazards": 11},
+    ]
+    text = tables.unmeasured_table(listed, ["a", "b"], DOCUMENTS)
+    assert text.startswith(":::{div} sortable\n")
+    assert "| Predicted, a | Predicted, b |" in text
+    assert rows_of(text) == [
+        "| [decode](/chapters/05_decode.ipynb) | flash-256 | 1.50× | – | bit | 4 |",
+        "| tour | nothing to time | – | – | budget | 11 |",
+    ]
+    assert "Every chapter has a record." in tables.unmeasured_table([], ["a"], {})
 
 
 def test_claims_are_quoted_with_device_source_and_note() -> None:

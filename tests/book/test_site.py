@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shutil
@@ -11,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import check_site
 import nbformat
 import pytest
-from bookkit import browser, scan
+from bookkit import browser, links, reader, scan, visit
+from bookkit.vendor import VendorError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -38,9 +41,17 @@ SAMPLE = [
     ),
     new_code_cell(
         "import ipywidgets as w\n"
-        "w.VBox([w.IntSlider(description='rows', value=4, max=9), w.HTML('<svg width=\"9\" height=\"9\"></svg>')])"
+        'square = \'<svg width="9" height="9" aria-label="a small square"></svg>\'\n'
+        "w.VBox([w.IntSlider(description='rows', value=4, max=9), w.HTML(square)])"
     ),
-    new_code_cell("import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(4, 2.5))\nax.plot([1, 2, 4]);"),
+    new_code_cell(
+        "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(4, 2.5))\nax.plot([1, 2, 4]);",
+        metadata={"mystnb": {"image": {"alt": "a curve that rises"}}},
+    ),
+    new_code_cell(
+        "from dsv4ref.show import panels\n\n"
+        "panels.frames(lambda rows: panels.bars({'time': rows}, title='Time', unit='us'), 'rows', [1, 2, 4])"
+    ),
     new_code_cell(
         "import os\n\nif path := os.environ.get('BOOK_TEST_RUNS'):\n"
         "    with open(path, 'a') as runs:\n        runs.write('x')"
@@ -146,10 +157,26 @@ def test_generated_pages_hold_what_the_package_says(site: Path) -> None:
             assert f"{chapter.number:02} {ident}" in hazards, f"the index does not say that {ident} plants a hazard"
         for claim in chapter.claims:
             assert f"{claim.before:g} → {claim.after:g}" in scoreboard, f"{ident}: {claim.what}"
+        assert f">{ident}<" in scoreboard, f"{ident} is neither among the measured nor the unmeasured chapters"
+    status = (site / "status.html").read_text(encoding="utf-8")
+    assert re.search(r"Built.*\d{4}-\d\d-\d\d \d\d:\d\d UTC.*Notebooks executed.*2.*Triton", status, re.DOTALL)
+
+
+def test_every_chapter_stands_in_the_reading_paths_and_on_the_picture(site: Path) -> None:
+    preface = (site / "preface.html").read_text(encoding="utf-8")
+    front = (site / "index.html").read_text(encoding="utf-8")
+    picture = front[front.index("step-picture") :]
+    for chapter in catalogue.load().values():
+        assert f"{chapter.number:02} {html.escape(chapter.title)}" in preface, chapter.id
+        assert f">{chapter.number:02}</text>" in picture, chapter.id
 
 
 def test_built_site_loads_nothing_from_elsewhere(site: Path) -> None:
     assert [str(finding) for finding in scan.scan(site, AUTHORED)] == []
+
+
+def test_every_link_and_anchor_of_the_book_leads_somewhere(site: Path) -> None:
+    assert links.broken(site) == []
 
 
 def test_second_build_runs_no_notebook_again_and_a_changed_environment_does(built: Path) -> None:
@@ -190,10 +217,12 @@ def test_misnamed_notebook_is_one_clear_line(tmp_path: Path) -> None:
 
 @pytest.mark.browser
 def test_site_works_offline_in_a_browser(site: Path, chromium: Browser) -> None:
-    """Slider, formulas, figure, copy buttons, download, search, both themes; no console error, nothing asked for."""
-    assert browser.check_site(site, chromium) == []
+    """Sliders, formulas, figures, copy buttons, download, search, both themes, a phone; nothing is asked for."""
+    assert visit.check_site(site, chromium) == []
+    problems, figures = visit.limits(site, chromium)
+    assert problems == [], figures
     sample = (site / "chapters" / "05_sample.html").read_text(encoding="utf-8")
-    for promised in ("IntSliderModel", 'class="math', "<img ", "widget-view+json"):
+    for promised in ("IntSliderModel", 'class="math', "<img ", "widget-view+json", "dsv4-frames", "aria-label"):
         assert promised in sample, f"the sample page holds no {promised}, so the check above saw none"
 
 
@@ -232,6 +261,12 @@ def test_missing_piece_is_noticed(
             r"theme 'dark'",
         ),
         ("<div class='math notranslate'>\\(\\undefinedmacro\\)</div>", r"shows an error: "),
+        (
+            "<div><svg aria-label='a word'><text y='9' style='fill: #999'>Fog</text></svg></div>",
+            r"2\.8 < 4\.5 at 'Fog'",
+        ),
+        ("<div><svg width='9' height='9'><path d='M0 0'/></svg></div>", r"a picture without a description: <svg"),
+        ("<div><img src='../_static/file.png' alt='../_static/file.png'></div>", r"without a description: <img"),
     ],
 )
 def test_page_that_misbehaves_is_noticed(
@@ -244,6 +279,97 @@ def test_page_that_misbehaves_is_noticed(
     page.write_text(html.replace(place, planted + place, 1), encoding="utf-8")
     problems = look(chromium, page)
     assert any(re.search(problem, line) for line in problems), problems
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("piece", "instead", "problem"),
+    [
+        ("d.hidden=i!==Number(s.value)", "d.hidden=i!==0", r"the arrow key takes frames panel 0 from 'rows = 1' to"),
+        ("</head>", "<script>addEventListener('keydown', e => e.stopPropagation(), true)</script></head>", r"slider 0"),
+        ("</head>", "<script>document.execCommand = () => true</script></head>", r"the copy button takes ''"),
+    ],
+)
+def test_control_that_does_nothing_is_noticed(
+    damaged: Path, chromium: Browser, piece: str, instead: str, problem: str
+) -> None:
+    page = damaged / "chapters" / "05_sample.html"
+    html = page.read_text(encoding="utf-8")
+    assert piece in html
+    page.write_text(html.replace(piece, instead), encoding="utf-8")
+    problems: list[str] = []
+    with browser.opened(chromium, "light", page.name, problems) as tab:
+        browser.look(tab, page, "light", page.name, problems)
+        problems += reader.move_sliders(tab, page.name) + reader.copy_code(tab, page.name)
+    assert any(re.search(problem, line) for line in problems), problems
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("piece", "instead", "problem"),
+    [
+        ("return up ? compareKeys(a, b) : compareKeys(b, a);", "return 0;", r"keeps the order"),
+        ("a.number - b.number", "b.number - a.number", r"has the order"),
+        ("body.append(", "body.replaceChildren(keyed[0][1]); [].concat(", r"changes the rows"),
+        ('up ? "ascending" : "descending"', '"ascending"', r"sorts ascending, expected descending"),
+        ("head.replaceChildren(button);", "", r"0 headings of a sortable table can be pressed"),
+    ],
+)
+def test_table_that_does_not_sort_is_noticed(
+    damaged: Path, chromium: Browser, piece: str, instead: str, problem: str
+) -> None:
+    script = damaged / "_static" / "sort.js"
+    text = script.read_text(encoding="utf-8")
+    assert piece in text
+    script.write_text(text.replace(piece, instead), encoding="utf-8")
+    problems: list[str] = []
+    with browser.opened(chromium, "light", "board", problems) as tab:
+        browser.look(tab, damaged / "scoreboard.html", "light", "board", problems)
+        problems += reader.sort_tables(tab, "board")
+    assert any(re.search(problem, line) for line in problems), problems
+
+
+@pytest.mark.browser
+def test_page_wider_than_a_phone_is_noticed(damaged: Path, chromium: Browser) -> None:
+    page = damaged / "chapters" / "05_sample.html"
+    assert reader.hold_in_phone(chromium, page, "sample") == []
+    html = page.read_text(encoding="utf-8")
+    page.write_text(html.replace("</article>", "<p style='width: 500px'>A plank.</p></article>", 1), encoding="utf-8")
+    assert reader.hold_in_phone(chromium, page, "sample") == ["sample: wider than a phone: <p> A plank."]
+
+
+@pytest.mark.browser
+def test_figures_of_a_site_are_held_to_their_limits(
+    site: Path, chromium: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "SITE_BYTES", 1000)
+    monkeypatch.setattr(reader, "FIRST_PAGE_MS", 0)
+    problems, _ = visit.limits(site, chromium)
+    assert [re.sub(r"\d[\d.]*", "N", line) for line in problems] == [
+        "the site has N MB, expected below N",
+        "index.html can be read after N ms, expected below N",
+    ]
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    try:
+        return check_site.axe()
+    except VendorError as error:
+        pytest.skip(f"needs axe-core: {error}")
+
+
+@pytest.mark.browser
+def test_audit_is_clean_and_finds_a_field_without_a_name(damaged: Path, chromium: Browser, axe: str) -> None:
+    """axe itself is somebody else's; this shows that it runs here and that its findings reach the report."""
+    assert visit.audit(damaged, chromium, axe) == []
+    page = damaged / "chapters" / "00_start_here.html"
+    html = page.read_text(encoding="utf-8")
+    page.write_text(html.replace("</article>", "<input type='text'></article>", 1), encoding="utf-8")
+    problems = visit.audit(damaged, chromium, axe)
+    assert [line.split(", first")[0] for line in problems] == [
+        f"chapters/00_start_here.html ({theme}): axe label, 1 times" for theme in ("light", "dark")
+    ]
 
 
 @pytest.mark.browser
@@ -270,7 +396,8 @@ def test_command_line_reports_problems_and_fails(damaged: Path) -> None:
     assert "index.html:" in done.stdout
     assert "https://elsewhere.example/x.png: outside address" in done.stdout
     assert "asked for https://elsewhere.example/x.png" in done.stdout
-    assert "chapters/00_start_here.html" not in done.stdout
+    assert "chapters/00_start_here.html (" not in done.stdout
+    assert re.search(r"\d problems in .* MB, first page readable after \d+ ms", done.stdout)
     nothing = subprocess.run(
         [sys.executable, str(BOOK / "check_site.py"), str(damaged / "_static")],
         capture_output=True,

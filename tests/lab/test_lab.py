@@ -1,4 +1,4 @@
-"""JupyterLab itself: a chapter opens in a browser, runs from top to bottom, and its panel answers to the keyboard."""
+"""JupyterLab itself: notebooks open in a browser and run from top to bottom, and panels answer to the keyboard."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,14 +22,22 @@ import nbformat
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 pytestmark = pytest.mark.browser
 
-CHAPTER = "05_decode_launch_shape.ipynb"
+# The start page, and chapters that run in seconds: with kernels and panels, with records, without any.
+CHAPTERS = (
+    "00_start_here.ipynb",
+    "05_decode_launch_shape.ipynb",
+    "10_graph_clean_scratch.ipynb",
+    "16_shrink_tail_fill.ipynb",
+)
+PANELS = "05_decode_launch_shape.ipynb"
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-SERVER_S, RUN_S, STOP_S = 30, 90, 15
-CLICK_MS = 20_000  # a loaded machine with two cores
+PROBE = NOTEBOOKS.parent / "book" / "bookkit" / "probe.js"
+SERVER_S, RUN_S, STOP_S = 30, 180, 15
+CLICK_MS = 40_000  # a loaded machine with two cores
 
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # all cells in the page: the test reads their prompts
@@ -57,7 +66,7 @@ def missing() -> str:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A JupyterLab over a copy of the notebooks: its address with the token, and the copy."""
+    """A JupyterLab over a copy of the notebooks: the address of one, with the token, and the folder of the copy."""
     if reason := missing():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("lab")
@@ -92,7 +101,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
         )
     try:
         _await_server(server, f"http://127.0.0.1:{port}/api?token={token}", folder / "server.log")
-        yield f"http://127.0.0.1:{port}/lab/tree/{CHAPTER}?token={token}", folder / "notebooks" / CHAPTER
+        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}&reset", folder / "notebooks"
     finally:
         _stop(server)
 
@@ -122,37 +131,75 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture(scope="module")
-def page(lab: tuple[str, Path]) -> Iterator[Page]:
-    """The chapter, open in JupyterLab."""
+def chromium() -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         try:
-            tab = chromium.new_page(viewport={"width": 1400, "height": 1000})
-            tab.set_default_timeout(CLICK_MS)
-            tab.goto(lab[0])
-            tab.locator(".jp-NotebookPanel .jp-CodeCell").first.wait_for()
-            # A run asked for before the kernel has answered this page is dropped without a word.
-            tab.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) | Idle").wait_for()
-            yield tab
+            yield browser
         finally:
-            chromium.close()
+            browser.close()
 
 
-def test_a_chapter_runs_in_jupyterlab_and_its_panel_moves(page: Page, lab: tuple[str, Path]) -> None:
-    code = [cell for cell in nbformat.read(lab[1], as_version=4).cells if cell.cell_type == "code"]
-    page.locator("#jp-MainMenu").get_by_text("Run", exact=True).click()
-    page.locator(".lm-Menu").get_by_text("Run All Cells", exact=True).click()
+@contextmanager
+def opened(chromium: Browser, lab: tuple[str, Path], chapter: str) -> Iterator[Page]:
+    """A chapter, open in JupyterLab with its kernel ready; the kernel ends with it."""
+    tab = chromium.new_page(viewport={"width": 1400, "height": 1000})
+    try:
+        tab.set_default_timeout(CLICK_MS)
+        tab.goto(lab[0].format(chapter))
+        tab.locator(".jp-NotebookPanel .jp-CodeCell").first.wait_for()
+        # A run asked for before the kernel has answered this page is dropped without a word.
+        tab.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+        yield tab
+        menu(tab, "Kernel", "Shut Down All Kernels…")
+        tab.locator(".jp-Dialog .jp-mod-warn").click()
+    finally:
+        tab.close()
+
+
+def menu(page: Page, name: str, entry: str) -> None:
+    page.locator("#jp-MainMenu").get_by_text(name, exact=True).click()
+    page.locator(".lm-Menu").get_by_text(entry, exact=True).click()
+
+
+def run_all(page: Page, path: Path) -> None:
+    """Restart the kernel and run every cell; each has run, none has failed, none is left waiting."""
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    menu(page, "Run", "Restart Kernel and Run All Cells…")
+    page.locator(".jp-Dialog .jp-mod-warn").click()
     deadline = time.monotonic() + RUN_S
     state = page.evaluate(STATE)
-    while not state["failed"] and state["ran"] < len(code):
+    while not state["failed"] and (state["ran"] < len(code) or state["waiting"]):
         assert time.monotonic() < deadline, f"after {RUN_S} s: {state}, expected {len(code)} cells to have run"
         time.sleep(0.5)
         state = page.evaluate(STATE)
     assert state["failed"] == []
-    assert state["waiting"] == 0
+    assert state["ran"] == len(code)
 
+
+@pytest.mark.parametrize("chapter", [name for name in CHAPTERS if name != PANELS])
+def test_notebook_restarts_and_runs_in_jupyterlab(chromium: Browser, lab: tuple[str, Path], chapter: str) -> None:
+    with opened(chromium, lab, chapter) as page:
+        run_all(page, lab[1] / chapter)
+
+
+def test_panels_answer_to_the_keyboard_and_read_in_both_themes(chromium: Browser, lab: tuple[str, Path]) -> None:
+    with opened(chromium, lab, PANELS) as page:
+        run_all(page, lab[1] / PANELS)
+        move_panels(page)
+        # The same outputs, not drawn anew, on the dark theme: they take the page's colours or bring readable ones.
+        page.evaluate(PROBE.read_text(encoding="utf-8"))
+        for theme, light in (("JupyterLab Light", "true"), ("JupyterLab Dark", "false")):
+            menu(page, "Settings", "Theme")
+            page.locator(".lm-Menu").get_by_text(theme, exact=True).click()
+            page.wait_for_function("light => document.body.dataset.jpThemeLight === light", arg=light)
+            worst = page.evaluate("bookProbe.contrast('.jp-OutputArea-output')")
+            assert worst["ratio"] >= 4, f"{theme}: contrast {worst['ratio']:.2f} at {worst['text']!r}"
+
+
+def move_panels(page: Page) -> None:
     # The panel: its first slider sets the rows; the picture beside it is drawn anew by the kernel.
     panel = page.locator(".jp-OutputArea-output:has(.noUi-handle)").first
     panel.scroll_into_view_if_needed()

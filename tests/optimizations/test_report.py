@@ -81,6 +81,7 @@ def test_a_row_holds_what_the_records_say_beside_prediction_and_claim() -> None:
         "predicted": predicted,
         "peers": {"FlashMLA": 40.0},
         "gate": "passed",
+        "hazards": len(chapter.hazards),
         "stale": False,
         "variants": {"published table": 80.0},
         "bound_us": 20.0,

@@ -69,14 +69,12 @@ def test_widths_are_the_models() -> None:
 
 
 def test_written_chapters_are_links_where_links_are_wanted() -> None:
-    linked = re.findall(r'<a href="([^"]+)">', step.step_diagram(link=lambda page: f"chapters/{page}"))
-    pages = {
-        f"chapters/{c.notebook}"
-        for c in catalogue.load().values()
-        if any(c.number in s.chapters for s in STAGES.values())
-    }
-    assert set(linked) == pages
+    drawn = step.step_diagram(link=lambda page: f"chapters/{page}")
+    linked = re.findall(r'<a href="([^"]+)" aria-label="chapter (\d\d)">', drawn)
+    assert set(linked) == {(f"chapters/{c.notebook}", f"{c.number:02d}") for c in catalogue.load().values()}
+    assert 'role="group"' in drawn  # a reader of an image's description would not meet the links
     assert "<a " not in step.step_diagram()
+    assert "<a " not in step.step_diagram(link=lambda page: "")
 
 
 def test_every_chapter_of_a_stage_is_written_or_named_as_planned() -> None:
