@@ -38,6 +38,19 @@ _MATRIX_ROWS = 16
 """Rows of the smallest matrix instruction on CDNA and Hopper."""
 
 
+def _is_integer(value: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_power_of_two(value: int) -> bool:
+    return _is_integer(value) and value > 0 and not value & (value - 1)
+
+
+def _check_count(name: str, value: int, least: int = 0) -> None:
+    if not _is_integer(value) or value < least:
+        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
+
+
 @dataclass(frozen=True)
 class ExpertTile:
     """Tile and resources of one launch.
@@ -251,16 +264,3 @@ def _xcd_position(program, programs, XCDS: tl.constexpr, CHUNK: tl.constexpr):
     inside = program % GROUP
     moved = program - inside + inside % XCDS * CHUNK + inside // XCDS
     return tl.where(program >= programs // GROUP * GROUP, program, moved)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_power_of_two(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0 and not value & (value - 1)
-
-
-def _check_count(name: str, value: object, least: int = 0) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
