@@ -140,24 +140,24 @@ DEFAULT = ExpertTile(128, 256, 128, 8)
 
 PUBLISHED = (
     (512, 1023, ExpertTile(32, 128, 128, 8), "ramp: few rows per expert, so fewer rows per tile"),
-    (1024, None, ExpertTile(64, 128, 128, 8, subtile_n=16), "steady: larger batches, epilogue in pieces of 16 columns"),
+    (1024, None, ExpertTile(64, 128, 128, 8, subtile_n=8), "steady: larger batches, epilogue in 16 pieces"),
 )
 """(least M, largest M, tile, reason) as published, for MI300X with 128 local experts of 256, top-k 6, k = n = 4096. The
-lines give block sizes and the epilogue's subtile and no warp count: 8 here is this workbook's. Below 512 the default
-stays."""
+lines give block sizes and ``epilogue_subtile=16``, a *number of pieces* in triton_kernels: 8 columns each. The warp count,
+8, is that library's default. Below 512 its heuristics stay."""
 
 _CDNA = (
-    TileRule(ExpertTile(16, 128, 128, 4), "few rows: the weights are the traffic, and 16 rows pad least", upto=12),
-    TileRule(ExpertTile(32, 128, 128, 4), "the published ramp's tile", above=12, upto=24),
-    TileRule(ExpertTile(64, 128, 128, 8), "the published steady tile", above=24, upto=96),
-    TileRule(ExpertTile(128, 128, 128, 8), "many rows: each weight is read once per 128 of them", above=96),
+    TileRule(ExpertTile(16, 128, 128, 4), "up to 16 rows: the weights are the traffic, and 16 rows pad least", upto=16),
+    TileRule(ExpertTile(32, 128, 128, 4), "the published ramp's tile", above=16, upto=32),
+    TileRule(ExpertTile(64, 128, 128, 8), "the published steady tile, epilogue in one piece", above=32, upto=64),
+    TileRule(ExpertTile(128, 128, 128, 8), "each weight is read and decoded once per 128 rows", above=64),
 )
 
 _HOPPER = (
-    TileRule(ExpertTile(16, 128, 128, 4, 3), "few rows: the weights are the traffic, and 16 rows pad least", upto=12),
-    TileRule(ExpertTile(32, 128, 128, 4, 3), "one tile still holds most experts", above=12, upto=24),
-    TileRule(ExpertTile(64, 128, 128, 4, 3), "64 rows are the least that wgmma takes", above=24, upto=96),
-    TileRule(ExpertTile(128, 128, 128, 8, 3), "many rows: each weight is read once per 128 of them", above=96),
+    TileRule(ExpertTile(16, 128, 128, 4, 3), "up to 16 rows: the weights are the traffic; 16 rows pad least", upto=16),
+    TileRule(ExpertTile(32, 128, 128, 4, 3), "one tile still holds most experts", above=16, upto=32),
+    TileRule(ExpertTile(64, 128, 128, 4, 3), "64 rows are the least that wgmma takes", above=32, upto=64),
+    TileRule(ExpertTile(128, 128, 128, 8, 3), "each weight is read and decoded once per 128 rows", above=64),
 )
 
 SELECTION: Mapping[str, tuple[TileRule, ...]] = {"gfx942": _CDNA, "gfx950": _CDNA, "sm_90": _HOPPER, "cpu": _CDNA}
