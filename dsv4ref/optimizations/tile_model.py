@@ -12,15 +12,15 @@ The time of one GEMM is the longer of memory and arithmetic, and a launch. Its c
 before anything was measured, not a fit::
 
     memory     = (weights once + activations) / bandwidth + (re-reads of weights) / (2 * bandwidth)
-    arithmetic = rounds * resident * (K / block_k) * (product + decode)
-    rounds     = ceil(tiles * ceil(N / block_n) / (compute units * resident)),  resident = 8 waves / waves per workgroup
+    arithmetic = ceil(tiles * ceil(N / block_n) / compute units) * (product + decode)
 
-* product: 2 block_m block_n block_k FLOPs, padding included, at half the unit's share of the dense bf16 rate;
-* decode: fp4 to bf16 of block_n * block_k codes at 4 lane-instructions each on 128 lanes: paid once per *tile*, which
+* product: 2 block_m block_n K FLOPs, padding included, at half the unit's share of the dense bf16 rate;
+* decode: fp4 to bf16 of block_n * K codes at 4 lane-instructions each on 128 lanes: paid once per *tile*, which
   is the second thing that a taller tile amortises;
 * re-reads come from a cache at twice memory's bandwidth. Whether they do depends on the order of workgroups (XCDs).
 
-It has no term for latency, LDS, registers or the matrix unit's favourite shapes.
+It has no term for latency, LDS, registers, waves or the matrix unit's favourite shapes: workgroups that share a unit
+take turns, and a unit is as fast with one of them as with four.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ __all__ = [
 ]
 
 _LAUNCH_US = 2.0
-_RESIDENT_WAVES = 8
 _LANES = 128
 _INSTRUCTIONS_PER_CODE = 4
 _CLOCK_GHZ = 1.8
@@ -181,12 +180,11 @@ def gemm_time_us(counts: Occupancy, tile: ExpertTile, n: int, k: int, spec: Devi
     bytes_per_us = spec.bandwidth_tb_s * 1e6
     again = counts.re_reads * weight_bytes(n, k) / (_CACHE_FACTOR * bytes_per_us)
     memory = gemm_bytes(counts, None, n, k) / bytes_per_us + again
-    resident = max(1, _RESIDENT_WAVES // tile.num_warps)
-    rounds = -(-counts.tiles * -(-n // tile.block_n) // (spec.compute_units * resident))
+    programs = counts.tiles * -(-n // tile.block_n)
     flops = 2 * tile.block_m * tile.block_n * k
     product = flops / (_MATRIX_SHARE * spec.bf16_tflops * 1e6 / spec.compute_units)
     decode = tile.block_n * k * _INSTRUCTIONS_PER_CODE / (_LANES * _CLOCK_GHZ * 1e3)
-    return _LAUNCH_US + max(memory, rounds * resident * (product + decode))
+    return _LAUNCH_US + max(memory, -(-programs // spec.compute_units) * (product + decode))
 
 
 def layer_time_us(
@@ -206,8 +204,8 @@ def layer_time_us(
 
 
 def candidates(arch: str) -> tuple[ExpertTile, ...]:
-    """The tiles that an architecture's table can choose, by rows."""
-    return tuple(sorted({rule.tile for rule in rules_for(arch)}, key=lambda tile: tile.block_m))
+    """The tiles that an architecture's table can choose, by rows and columns."""
+    return tuple(sorted({rule.tile for rule in rules_for(arch)}, key=lambda tile: (tile.block_m, tile.block_n)))
 
 
 def best_tile(histogram: Tensor | Sequence[int], hidden: int, intermediate: int, spec: DeviceSpec) -> ExpertTile:

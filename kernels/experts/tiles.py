@@ -143,18 +143,20 @@ PUBLISHED = (
     (1024, None, ExpertTile(64, 128, 128, 8, subtile_n=8), "steady: larger batches, epilogue in 16 pieces"),
 )
 """(least M, largest M, tile, reason) as published, for MI300X with 128 local experts of 256, top-k 6, k = n = 4096. The
-lines give block sizes and ``epilogue_subtile=16``, a *number of pieces* in triton_kernels: 8 columns each. The warp count,
-8, is that library's default. Below 512 its heuristics stay."""
+lines give block sizes and ``epilogue_subtile=16``, a *number of pieces* in triton_kernels: 8 columns each. The warp
+count, 8, is that library's default. Below 512 its heuristics stay."""
 
 _CDNA = (
-    TileRule(ExpertTile(16, 128, 128, 4), "up to 16 rows: the weights are the traffic, and 16 rows pad least", upto=16),
+    TileRule(ExpertTile(16, 64, 128, 4), "fewer rows than experts: narrow tiles, for more programs than units", upto=1),
+    TileRule(ExpertTile(16, 128, 128, 4), "the weights are the traffic, and 16 rows pad least", above=1, upto=16),
     TileRule(ExpertTile(32, 128, 128, 4), "the published ramp's tile", above=16, upto=32),
     TileRule(ExpertTile(64, 128, 128, 8), "the published steady tile, epilogue in one piece", above=32, upto=64),
     TileRule(ExpertTile(128, 128, 128, 8), "each weight is read and decoded once per 128 rows", above=64),
 )
 
 _HOPPER = (
-    TileRule(ExpertTile(16, 128, 128, 4, 3), "up to 16 rows: the weights are the traffic; 16 rows pad least", upto=16),
+    TileRule(ExpertTile(16, 64, 128, 4, 3), "fewer rows than experts: narrow tiles, for more programs", upto=1),
+    TileRule(ExpertTile(16, 128, 128, 4, 3), "the weights are the traffic, and 16 rows pad least", above=1, upto=16),
     TileRule(ExpertTile(32, 128, 128, 4, 3), "one tile still holds most experts", above=16, upto=32),
     TileRule(ExpertTile(64, 128, 128, 4, 3), "64 rows are the least that wgmma takes", above=32, upto=64),
     TileRule(ExpertTile(128, 128, 128, 8, 3), "each weight is read and decoded once per 128 rows", above=64),
