@@ -5,8 +5,8 @@ trades: rows beyond an expert's last are computed and thrown away (padding, grow
 expert reads the expert's weights again (grows as block_m shrinks). Which of the two costs more turns on the rows that
 an expert has, not on the rows of the batch, so the selection goes by *average rows per local expert*.
 
-Source of the published ramp: doubleword's vLLM fork, commits 330979094 and d9d24cade. Of the default: triton_kernels'
-``opt_flags`` (block_m up to 128, block_n 256, block_k 128). Hazards: H36, H38.
+Source of the published ramp: doubleword's vLLM fork, commits 330979094 and d9d24cade. Of what it replaced:
+triton_kernels' ``opt_flags`` (block_m up to 128, block_n up to 256, block_k 128). Hazards: H36, H38.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "TileRule",
     "check_rules",
     "choose_tile",
+    "default_tile",
     "local_rows",
     "rules_for",
     "select_tile",
@@ -135,8 +136,9 @@ def check_rules(rules: tuple[TileRule, ...]) -> None:
         raise ValueError(f"rules: no line covers averages above {end}")
 
 
-DEFAULT = ExpertTile(128, 256, 128, 8)
-"""One tile for every batch: the largest that triton_kernels' heuristics give the expert weights."""
+DEFAULT = ExpertTile(128, 128, 128, 8)
+"""One tile for every batch, as tall as triton_kernels' heuristics go and half as wide: at 256 columns the grouped GEMM
+spills registers on gfx942 and gfx950."""
 
 PUBLISHED = (
     (512, 1023, ExpertTile(32, 128, 128, 8), "ramp: few rows per expert, so fewer rows per tile"),
@@ -158,7 +160,7 @@ _HOPPER = (
     TileRule(ExpertTile(16, 64, 128, 4, 3), "fewer rows than experts: narrow tiles, for more programs", upto=1),
     TileRule(ExpertTile(16, 128, 128, 4, 3), "the weights are the traffic, and 16 rows pad least", above=1, upto=16),
     TileRule(ExpertTile(32, 128, 128, 4, 3), "one tile still holds most experts", above=16, upto=32),
-    TileRule(ExpertTile(64, 128, 128, 4, 3), "64 rows are the least that wgmma takes", above=32, upto=64),
+    TileRule(ExpertTile(64, 128, 128, 4, 3), "one tile still holds most experts", above=32, upto=64),
     TileRule(ExpertTile(128, 128, 128, 8, 3), "each weight is read and decoded once per 128 rows", above=64),
 )
 
@@ -187,6 +189,11 @@ def choose_tile(rules: tuple[TileRule, ...], slots: int, experts: int) -> TileRu
 def rules_for(arch: str) -> tuple[TileRule, ...]:
     """The architecture's table; the default tile for every batch where none has been worked out."""
     return SELECTION.get(arch, (TileRule(DEFAULT, f"no rules for {arch}: the default tile"),))
+
+
+def default_tile(arch: str) -> ExpertTile:
+    """`DEFAULT` with the architecture's own pipeline: the tile of its tallest line, which is the same."""
+    return max((rule.tile for rule in rules_for(arch)), key=lambda tile: tile.block_m)
 
 
 def local_rows(tokens: int, num_experts: int, local_experts: int) -> int:

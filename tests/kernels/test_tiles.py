@@ -20,6 +20,7 @@ from dsv4ref.kernels.experts.tiles import (
     _xcd_position,
     check_rules,
     choose_tile,
+    default_tile,
     local_rows,
     rules_for,
     select_tile,
@@ -154,6 +155,11 @@ def test_a_bad_count_is_named(name: str, value: int) -> None:
     counts = {"rows": 8, "local_experts": 4, "top_k": 2, "n": 64, "k": 64} | {name: value}
     with pytest.raises(ValueError, match=f"^{name}: got {re.escape(str(value))}, expected an integer of at least"):
         select_tile("gfx942", **counts)
+
+
+@pytest.mark.parametrize("arch", [*ARCHS, "gfx90a"])
+def test_the_default_tile_differs_between_architectures_in_its_stages_only(arch: str) -> None:
+    assert replace(default_tile(arch), num_stages=1) == DEFAULT
 
 
 def test_the_published_ramp_steps_to_64_rows_at_1024() -> None:
