@@ -51,6 +51,7 @@ __all__ = [
     "gemm_bytes",
     "gemm_time_us",
     "layer_time_us",
+    "library_block_m",
     "local_loads",
     "occupancy",
     "trained_loads",
@@ -215,21 +216,53 @@ def best_tile(histogram: Tensor | Sequence[int], hidden: int, intermediate: int,
     )  # min keeps the first of equals
 
 
+def library_block_m(arch: str, slots: int, local_experts: int, n: int) -> int:
+    """The tile height that triton_kernels' heuristics give bf16 x MXFP4 experts, for comparison.
+
+    It divides the rows of the gather, which are M * k whoever owns them, by the experts of the rank.
+
+    Args:
+        arch: "gfx942", "gfx950" or "sm_90".
+        slots: M * k.
+        local_experts: experts of the rank, at least 1.
+        n: output columns.
+
+    Raises:
+        ValueError: another architecture.
+
+    Source: triton-lang/triton commit 009e8edea, triton_kernels ``matmul_ogs_details/opt_flags.py``. Read, not run;
+    other versions differ.
+    """
+    if arch not in ("gfx942", "gfx950", "sm_90"):
+        raise ValueError(f"arch: got {arch!r}, expected 'gfx942', 'gfx950' or 'sm_90'")
+    average = max(1, slots // local_experts)
+    power = 1 << (average - 1).bit_length()  # the next power of two
+    if arch == "sm_90":
+        return max(16, min(2 * power, 64)) if average <= 64 else min(power, 128)
+    if arch == "gfx950" and slots > 1024:
+        return 64
+    if average >= 512 and n >= 2048:
+        return 256 if arch == "gfx950" else 128
+    if arch == "gfx950" and slots >= 512:
+        return 128
+    return max(32, min(power, 64))
+
+
 def cliff_rows(
-    tokens: Sequence[int], top_k: int, num_experts: int, local_experts: int, blocks: Sequence[int], *, skew: float = 0.0
+    tokens: Sequence[int], top_k: int, num_experts: int, ranks: int, blocks: Sequence[int], skew: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Occupancy over batch sizes: one row per M with tiles and fill for every block_m.
+    """Occupancy over batch sizes: one row per M, with tiles and fill for every block_m.
 
     Args:
         tokens: batch sizes.
-        top_k, num_experts, local_experts: routing and placement; the local experts are the first ones.
+        top_k, num_experts, ranks: routing and placement; the rows are of rank 0.
         blocks: rows of the tiles.
-        skew: of `loads`; its draws are seeded, so that the rows do not change from run to run.
+        skew: of `loads`, whose draws are seeded: the same rows in every run.
     """
     rows = []
     for m in tokens:
-        mine = loads(num_experts, top_k, m, skew)[:local_experts]
-        row: dict[str, Any] = {"M": m, "rows per expert": round(int(mine.sum()) / local_experts, 2)}
+        mine = local_loads(loads(num_experts, top_k, m, skew), ranks)
+        row: dict[str, Any] = {"M": m, "rows per expert": round(int(mine.sum()) / len(mine), 2)}
         for block in blocks:
             counted = occupancy(mine, block)
             row |= {f"tiles of {block}": counted.tiles, f"fill of {block}": round(counted.fill, 3)}
