@@ -11,9 +11,9 @@ Every row of ``out`` is written. A slot that is not local contributes nothing be
 written, is not read; a token without a local expert gets zeros.
 
 The sum stands apart from the GEMM in the form ``products``, and its operands pass through memory. In the form ``owned``
-it does not: a program owns a block of the output, walks all experts of its tokens and writes the sum. It saves that
-traffic and a launch, and reads an expert's weights again for every block of 16 tokens; and there are as many programs as
-output blocks, not as tiles.
+it does not: a program owns a block of the output, walks all experts of its tokens and writes the sum. That saves the
+traffic and a launch. It also reads an expert's weights again for every block of 16 tokens, and there are only as many
+programs as output blocks.
 
 The router weight is applied to the fp32 product, after W2, as vLLM and transformers do; DeepSeek's code applies it to
 the activation. The same in exact arithmetic; `dsv4ref.ref.experts` has both.

@@ -183,7 +183,9 @@ def grouped_gemm(
     if tile is None:
         tile = select_tile(arch, tokens, weights.num_experts, top_k, weights.n, weights.k)
     if plan.block_m != tile.block_m:
-        raise ValueError(f"plan: made for tiles of {plan.block_m} rows, expected block_m = {tile.block_m} of {tile}")
+        raise ValueError(
+            f"plan: made for tiles of {plan.block_m} rows, expected {tile.block_m}, as the tile {tile} has"
+        )
     constants = grouped_constants(weights.n, weights.k, top_k, tile, arch, gather, scatter, gated, limit is not None)
     if out is None:
         out = torch.empty((slots, columns), dtype=torch.bfloat16, device=x.device)
