@@ -19,7 +19,8 @@ before anything was measured, not a fit::
   is the second thing that a taller tile amortises;
 * re-reads come from a cache at twice memory's bandwidth. Whether they do depends on the order of workgroups (XCDs).
 
-It has no term for latency, LDS, registers, waves or the matrix unit's favourite shapes: workgroups that share a unit
+Bytes are counted as in chapter 12 (`expert_traffic`), whose model prices launches; this one prices a tile. It has no
+term for latency, LDS, registers, waves or the matrix unit's favourite shapes: workgroups that share a unit
 take turns, and a unit is as fast with one of them as with four.
 """
 

@@ -63,5 +63,7 @@ def launch_explorer(rows: int = 1024, ranks: int = 2, device: str = "mi300x") ->
         parts.append(_svg_line(x, y - 4, x + 14, y - 4, COLOURS[at % len(COLOURS)], 'stroke-width="8"'))
         parts.append(_svg_text(x + 20, y, name))
     parts += [_svg_text(8, 226 + 18 * at, line) for at, line in enumerate(said)]
-    title = f"One layer's routed experts, M = {rows}, {router.n_experts // ranks} experts on the rank, {spec.name}: a model"
+    title = (
+        f"One layer's routed experts, M = {rows}, {router.n_experts // ranks} experts on the rank, {spec.name}: a model"
+    )
     return _svg(_WIDTH, 272, title, f"{title}. {'. '.join(said)}", "".join(parts))
