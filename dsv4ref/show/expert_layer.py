@@ -9,10 +9,12 @@ from dsv4ref.show.panels import COLOURS, _svg, _svg_line, _svg_text
 __all__ = ["launch_explorer"]
 
 _WIDTH, _LEFT, _PLOT = 640, 90.0, 530.0
-_STEPS = (
-    "W1", "gather to token order", "clamped SwiGLU", "gather to expert order", "W2 by slot", "weighted sum",
-    "W2 and sum",
-)  # fmt: skip
+_COLOURS = {
+    "W1": COLOURS[0], "gather to token order": COLOURS[1], "clamped SwiGLU": COLOURS[2],
+    "gather to expert order": COLOURS[1], "W2 by slot": COLOURS[4], "weighted sum": COLOURS[5], "W2 and sum": COLOURS[3],
+}  # fmt: skip
+_LEGEND = {"W1": "W1", "gather to token order": "gathers", "clamped SwiGLU": "clamped SwiGLU", "W2 by slot": "W2 by slot",
+           "weighted sum": "weighted sum", "W2 and sum": "W2 and sum, owned"}  # fmt: skip
 
 
 def launch_explorer(rows: int = 1024, ranks: int = 2, device: str = "mi300x") -> str:
@@ -49,21 +51,20 @@ def launch_explorer(rows: int = 1024, ranks: int = 2, device: str = "mi300x") ->
         y, x = 40.0 + 34 * at, _LEFT
         parts.append(_svg_text(8, y + 16, path))
         for step, time in zip(found, times[path], strict=True):
-            colour = COLOURS[_STEPS.index(step.name) % len(COLOURS)]
             wide = _PLOT * time / longest
             parts.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{wide:.2f}" height="22" fill="{colour}" stroke="white" '
+                f'<rect x="{x:.1f}" y="{y}" width="{wide:.2f}" height="22" fill="{_COLOURS[step.name]}" stroke="white" '
                 f'stroke-width="0.6"><title>{step.name}: {time:.1f} us</title></rect>'
             )
             x += wide
         gigabytes = sum(s.moved for s in found) / 1e9
         said.append(f"{path}: {len(found)} launches, {sum(times[path]):.0f} us, {gigabytes:.2f} GB moved")
-    for at, name in enumerate(_STEPS):
+    for at, (name, shown) in enumerate(_LEGEND.items()):
         x, y = _LEFT + 180 * (at % 3), 158.0 + 20 * (at // 3)
-        parts.append(_svg_line(x, y - 4, x + 14, y - 4, COLOURS[at % len(COLOURS)], 'stroke-width="8"'))
-        parts.append(_svg_text(x + 20, y, name))
-    parts += [_svg_text(8, 226 + 18 * at, line) for at, line in enumerate(said)]
+        parts.append(_svg_line(x, y - 4, x + 14, y - 4, _COLOURS[name], 'stroke-width="8"'))
+        parts.append(_svg_text(x + 20, y, shown))
+    parts += [_svg_text(8, 206 + 18 * at, line) for at, line in enumerate(said)]
     title = (
         f"One layer's routed experts, M = {rows}, {router.n_experts // ranks} experts on the rank, {spec.name}: a model"
     )
-    return _svg(_WIDTH, 272, title, f"{title}. {'. '.join(said)}", "".join(parts))
+    return _svg(_WIDTH, 252, title, f"{title}. {'. '.join(said)}", "".join(parts))
