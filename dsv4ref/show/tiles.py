@@ -44,7 +44,7 @@ def _bars(counts: list[int], block_m: int) -> tuple[list[str], str]:
     base, tall = 190.0, 150.0
     highest = -(-counts[0] // block_m) * block_m
     wide, parts = _PLOT / len(counts), []
-    for multiple in range(0, highest + 1, block_m * max(1, highest // block_m // 8)):
+    for multiple in range(0, highest + 1, block_m * -(-highest // (6 * block_m))):
         y = base - tall * multiple / highest
         parts += [_svg_line(_LEFT, y, _LEFT + _PLOT, y, GRID), _svg_text(_LEFT - 6, y + 4, str(multiple), "end")]
     for index, count in enumerate(counts):

@@ -19,10 +19,10 @@ MUTATIONS = {
         cases=("moe_tiles/tiny-16",),
         unaffected=("moe_tiles/tiny-64",),
     ),
-    "columns of K beyond the end are multiplied": Mutation(
+    "the last group of tiles is taken for a whole one": Mutation(
         "kernels/experts/grouped_gemm.py",
-        "inside_groups = real & (groups < (K - first) // 32)[None, :]",
-        "inside_groups = real & (groups < (K - first) // 32 + 1)[None, :]",
+        "in_group = tl.minimum(tiles - first_tile, GROUP)",
+        "in_group = GROUP",
         cases=("moe_tiles/tiny-odd-k",),
         unaffected=("moe_tiles/tiny",),
     ),
