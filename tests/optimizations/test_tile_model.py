@@ -109,6 +109,9 @@ def test_bytes_are_those_that_chapter_12_counts() -> None:
 def test_no_modelled_time_beats_the_bound(device: str) -> None:
     for case in (c for c in OPT.cases.values() if c.measured):
         p = OPT.predict(case, device)
+        assert p.optimized_us is not None
+        assert p.bound_us is not None
+        assert p.ratio is not None
         assert p.optimized_us > p.bound_us, f"{case.name}: {p.optimized_us} us, bound {p.bound_us} us"
         assert p.ratio > 0.99, f"{case.name}: selection predicted slower than the default, {p.ratio:.3f}"
 
@@ -155,7 +158,7 @@ def test_measured_cases_are_v4_flashs() -> None:
 def test_the_chapters_oracle_is_the_references_expert() -> None:
     inputs = OPT.make_inputs(OPT.case("tiny"), "cpu", case_seed(OPT.id, "tiny", 0))
     w1, w2 = (mxfp4.dequantise(w.packed, w.scales, torch.float64) for w in (inputs.w1, inputs.w2))
-    named = {}
+    named: dict[str, torch.Tensor] = {}
     for local in range(inputs.placed.num_local):
         gate, up = w1[local].chunk(2)
         named |= {f"{local}.w1.weight": gate, f"{local}.w3.weight": up, f"{local}.w2.weight": w2[local]}
@@ -188,7 +191,11 @@ def test_timed_variants_cover_the_table_and_write_one_result(device: str) -> Non
     timed = OPT.timed(inputs)
     arch = architecture(torch.device(device))
     assert list(timed) == ["baseline", "optimized", *(f"tile {t}" for t in tile_model.candidates(arch))]
-    results = [timed[name]().float().cpu().clone() for name in ("baseline", "optimized", list(timed)[-2])]
+    results = []
+    for name in ("baseline", "optimized", list(timed)[-2]):
+        out = timed[name]()
+        assert isinstance(out, torch.Tensor)
+        results.append(out.float().cpu().clone())
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], atol=2**-6, rtol=2.01 / 128)
 
@@ -216,5 +223,6 @@ def test_prose_the_selection_at_one_to_8192_rows() -> None:
 def test_case_names_say_what_they_are() -> None:
     for name, case in OPT.cases.items():
         if case.measured:
-            ranks, rows = re.fullmatch(r"(?:ep(\d)|all)-(\d+)", name).groups()
-            assert (int(ranks or 1), int(rows)) == (case.params["ranks"], case.params["rows"])
+            found = re.fullmatch(r"(?:ep(\d)|all)-(\d+)", name)
+            assert found is not None, name
+            assert (int(found[1] or 1), int(found[2])) == (case.params["ranks"], case.params["rows"])
