@@ -1,6 +1,7 @@
 """Expert tiles: what a tile refuses, tables without holes or overlaps, selection at the edges, the order of work."""
 
 # mypy: disable-error-code="no-untyped-def"
+# (a @triton.jit signature takes no Python types)
 
 from __future__ import annotations
 
