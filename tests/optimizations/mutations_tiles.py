@@ -12,17 +12,17 @@ MUTATIONS = {
         cases=("moe_tiles/tiny", "moe_tiles/tiny-64"),
         unaffected=("moe_tiles/tiny-few", "moe_tiles/tiny-tall"),
     ),
-    "a bound belongs to the line above it": Mutation(
+    "a rank's share of the batch is forgotten": Mutation(
         "kernels/experts/tiles.py",
-        "(self.upto is None or slots <= self.upto * experts)",
-        "(self.upto is None or slots < self.upto * experts)",
-        cases=("moe_tiles/tiny-16",),
-        unaffected=("moe_tiles/tiny-64",),
+        "return -(-tokens * local_experts // num_experts) if num_experts else 0",
+        "return tokens",
+        cases=("moe_tiles/tiny",),
+        unaffected=("moe_tiles/tiny-16",),
     ),
-    "the last group of tiles is taken for a whole one": Mutation(
+    "the columns of a short group are those of a whole one": Mutation(
         "kernels/experts/grouped_gemm.py",
-        "in_group = tl.minimum(tiles - first_tile, GROUP)",
-        "in_group = GROUP",
+        "column = program % (GROUP * BLOCKS) // in_group * SIZE",
+        "column = program % (GROUP * BLOCKS) // GROUP * SIZE",
         cases=("moe_tiles/tiny-odd-k",),
         unaffected=("moe_tiles/tiny",),
     ),
