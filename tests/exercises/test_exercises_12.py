@@ -113,7 +113,7 @@ def test_a_slot_and_inner_unit_cost_twenty_bytes_on_one_rank_and_more_on_two() -
 
 
 @pytest.mark.parametrize("key", ["mi300x", "mi355x", "h200"])
-def test_the_model_prefers_an_owner_at_one_row_and_not_from_sixty_four(key: str) -> None:
+def test_the_model_prefers_an_owner_up_to_sixteen_rows_where_its_programs_fill_the_machine(key: str) -> None:
     spec = KNOWN_DEVICES[key]
 
     def time(path: expert_traffic.Path, rows: int) -> float:
@@ -121,6 +121,7 @@ def test_the_model_prefers_an_owner_at_one_row_and_not_from_sixty_four(key: str)
         return sum(expert_traffic.step_time_us(s, spec) for s in expert_traffic.steps(path, p, spec.arch))
 
     assert time("owned", 1) < time("products", 1)
+    assert (time("owned", 16) < time("products", 16)) == (spec.compute_units <= 256)
     assert time("owned", 64) > time("products", 64)
     assert time("owned", 1024) > 3 * time("products", 1024)
 
