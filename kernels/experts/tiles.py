@@ -138,7 +138,7 @@ def check_rules(rules: tuple[TileRule, ...]) -> None:
 
 DEFAULT = ExpertTile(128, 128, 128, 8)
 """One tile for every batch, as tall as triton_kernels' heuristics go and half as wide: at 256 columns the grouped GEMM
-spills registers on gfx942 and gfx950."""
+spills registers on gfx942."""
 
 PUBLISHED = (
     (512, 1023, ExpertTile(32, 128, 128, 8), "ramp: few rows per expert, so fewer rows per tile"),
