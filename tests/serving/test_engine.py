@@ -143,7 +143,7 @@ def test_features_agree_behind_the_first_c128_entry(device: str) -> None:
     """All but the router's kernels, which the test above has: interpreted, they take longer than all the rest."""
     model = slice_model()
     off = drive(engine(model, device=device), LONG)
-    on = drive(engine(model, features=replace(available(model), routing_kernels=False), device=device), LONG)
+    on = drive(engine(model, features=available(model).without("routing_kernels"), device=device), LONG)
     assert on.tokens == off.tokens
 
 
@@ -189,7 +189,7 @@ def assert_within_budget(run: Run, off: Run, plain: Run) -> None:
 def test_logits_stay_within_twice_the_error_of_plain_bf16_attention(
     smooth: Model, smooth_off: Run, smooth_plain: Run, device: str
 ) -> None:
-    features = replace(available(smooth), routing_kernels=False)
+    features = available(smooth).without("routing_kernels")
     assert_within_budget(drive(engine(smooth, features=features, device=device), ARRIVALS), smooth_off, smooth_plain)
 
 
@@ -231,7 +231,7 @@ def test_the_trained_model_answers_and_features_change_no_token(
     off = drive(engine(trained, **sizes), questions)
     answers = [int(row[examples.tail + 2]) for row in examples.tokens]
     assert [off.tokens[id][0] for id in (0, 1)] == answers
-    features = replace(available(trained), routing_kernels=False)
+    features = available(trained).without("routing_kernels")
     on = drive(engine(trained, features=features, **sizes), questions)
     assert on.tokens == off.tokens
     assert on.rows == off.rows
