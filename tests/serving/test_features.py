@@ -54,6 +54,12 @@ def test_a_refinement_needs_what_it_refines() -> None:
             Features(**{name: True})
     with pytest.raises(TypeError, match="sparse_decode: got 1, expected True or False"):
         Features(sparse_decode=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="captured_steps: got True, expected False without device_step"):
+        Features(captured_steps=True)
+    for missing in ("sparse_decode", "routing_kernels", "resident_weights"):
+        needed = {"sparse_decode": True, "routing_kernels": True, "resident_weights": True, missing: False}
+        with pytest.raises(ValueError, match=f"device_step: got True, expected False without {missing}"):
+            Features(device_step=True, **needed)
 
 
 def test_a_model_without_fp8_projection_says_so_and_everything_else_is_available() -> None:
@@ -69,9 +75,32 @@ def test_a_model_without_fp8_projection_says_so_and_everything_else_is_available
 def test_formats_that_kernels_do_not_compute_in_are_refused() -> None:
     model = slice_model((0,))
     assert not unavailable(model)
+    steps = {"device_step", "full_window_skip", "captured_steps"}
     unrounded = set(unavailable(replace(model, numerics=STRUCTURE)))
-    assert unrounded == {"sparse_decode", "launch_shape", "output_passthrough", "cached_projection"}
-    assert set(unavailable(replace(model, numerics=replace(DEFAULT, dtype=torch.float64)))) == {"routing_kernels"}
+    assert unrounded == {"sparse_decode", "launch_shape", "output_passthrough", "cached_projection", *steps}
+    float64 = unavailable(replace(model, numerics=replace(DEFAULT, dtype=torch.float64)))
+    assert set(float64) == {"routing_kernels", *steps}
+    assert float64["captured_steps"].startswith("device_step is not available: routing_kernels is not available: ")
+
+
+def test_an_indexer_that_its_kernel_does_not_take_leaves_everything_but_device_steps() -> None:
+    model = slice_model((4,), index_n_heads=8)
+    assert set(unavailable(model)) == {"device_step", "full_window_skip", "captured_steps"}
+    assert not unavailable(slice_model((0,), index_n_heads=8))
+    with pytest.raises(
+        ValueError, match="device_step=True, expected False: index_n_heads is 8, and the indexer's kern"
+    ):
+        check_available(model, replace(available(model), device_step=True))
+
+
+def test_switching_one_off_switches_off_what_builds_on_it() -> None:
+    everything = available(slice_model((0,)))
+    off = [name for name, on in everything.without("sparse_decode").switches().items() if not on]
+    refined = ["launch_shape", "output_passthrough"]
+    assert off == ["sparse_decode", *refined, "device_step", "full_window_skip", "captured_steps"]
+    assert everything.without("captured_steps") == replace(everything, captured_steps=False)
+    with pytest.raises(ValueError, match="names: got 'graphs', expected some of"):
+        everything.without("graphs")
 
 
 def test_sparse_decode_is_one_kernel_and_a_copy_and_output_passthrough_saves_the_copy(
