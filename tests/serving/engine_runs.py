@@ -18,6 +18,8 @@ from dsv4ref.ref.numerics import DEFAULT, Numerics
 from dsv4ref.ref.sparse_attention import sparse_attention_plain
 from dsv4ref.ref.weights import weight_shapes
 from dsv4ref.serving.engine import DecodeEngine
+from dsv4ref.serving.features import Features
+from dsv4ref.serving.operations import compose
 from dsv4ref.serving.requests import Request
 
 torch.set_num_threads(1)
@@ -46,7 +48,20 @@ def prompt(config: ModelConfig, length: int, seed: int) -> list[int]:
 def engine(model: Model, **changes: Any) -> DecodeEngine:
     """An engine whose window blocks and chunks are small enough for rings to wrap within a few steps."""
     values: dict[str, Any] = {"slots": 3, "max_length": 160, "chunk": 20, "block_size": 16}
-    return DecodeEngine(model, **{**values, **changes})
+    subject = DecodeEngine(model, **{**values, **changes})
+    if subject.decoder is not None:
+        _route_prompts_by_the_reference(subject, values["slots"] if "slots" not in changes else changes["slots"])
+    return subject
+
+
+def _route_prompts_by_the_reference(subject: DecodeEngine, slots: int) -> None:
+    """Interpreted, the router's kernel would take most of a prompt's time; batches of up to ``slots`` rows keep it."""
+    kernel, reference = subject.operations.route, compose(subject.model, Features(), "cpu").route
+
+    def route(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+        return (kernel if x.shape[0] <= slots else reference)(x, *given)
+
+    subject.operations = replace(subject.operations, route=route)
 
 
 Arrivals = Mapping[int, Sequence[tuple[list[int], int]]]
@@ -181,3 +196,13 @@ def assert_within_budget(run: Run, off: Run, plain: Run) -> None:
     for id, norm in error_norms(run, off).items():
         assert norm <= 2 * allowed[id], f"request {id}: error {norm}, plain bf16 attention {allowed[id]}"
     assert_same(run, off, 2 * largest_error(plain, off))
+
+
+def same_bits(run: Run, other: Run) -> None:
+    """The same tokens and logits, to the last bit, and the same rows in every step."""
+    assert run.tokens == other.tokens
+    for id, logits in other.logits.items():
+        for number, (got, want) in enumerate(zip(run.logits[id], logits, strict=True)):
+            different = (got != want).nonzero()
+            assert not different.numel(), f"request {id}, token {number}: {got[different[0]]}, {want[different[0]]}"
+    assert run.rows == other.rows
