@@ -1,8 +1,8 @@
 """What the engine may do faster than the reference: one switch per optimisation that has a kernel in this package.
 
 Everything off is the reference model on paged caches. A part without a fast kernel (compressor, residual streams,
-experts, prefill attention) has no switch and is computed in PyTorch either way. The gathers and the two-launch decode
-of chapters 09 and 11 have none either: they serve AITER's kernels, and `sparse_mla_decode` needs neither.
+prefill attention) has no switch and is computed in PyTorch either way. The gathers and the two-launch decode of
+chapters 09 and 11 have none either: they serve AITER's kernels, and `sparse_mla_decode` needs neither.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Features:
         cached_projection: the bf16 copy of an FP8 ``wo_a`` is made once and followed (chapter 08).
         routing_kernels: experts and weights come from one launch per layer (chapter 03).
         shrink_tail_fill: of the persistent list buffers only the tail that shrank is cleared (chapter 16).
+        grouped_experts: routed experts come from the grouped MXFP4 GEMM, three launches per layer and three of the plan
+            (chapter 12); without, the reference computes token by token, or a device step gathers each pair's weights.
         resident_weights: the model's matrices are dequantised once and kept where the kernels are; ``wo_a`` and routed
             experts stay as stored (`dsv4ref.serving.resident`).
         device_step: decode rows are computed without the host: state in buffers by request slot, metadata and lists
@@ -54,6 +56,7 @@ class Features:
     routing_kernels: bool = field(default=False, metadata={"chapter": "expert_routing"})
     shrink_tail_fill: bool = field(default=False, metadata={"chapter": "shrink_tail_fill"})
 
+    grouped_experts: bool = field(default=False, metadata={"chapter": "direct_w2_reduce"})
     resident_weights: bool = field(default=False, metadata={"chapter": "cached_projection"})
     device_step: bool = field(default=False, metadata={"chapter": "static_decode_metadata"})
     full_window_skip: bool = field(default=False, metadata={"chapter": "full_window_topk"})
@@ -114,6 +117,8 @@ def unavailable(model: Model) -> Mapping[str, str]:
         reasons["cached_projection"] = unfit
     if numerics.dtype is not torch.float32:
         reasons["routing_kernels"] = f"numerics have dtype {numerics.dtype}, and the router's arithmetic is fp32"
+    if (unfit := _unfit_experts(model)) is not None:
+        reasons["grouped_experts"] = unfit
     if (unfit := _unfit_indexer(model.config)) is not None:
         reasons["device_step"] = unfit
     for name, needed in _REFINES.items():
@@ -121,6 +126,22 @@ def unavailable(model: Model) -> Mapping[str, str]:
             if other in reasons:
                 reasons.setdefault(name, f"{other} is not available: {reasons[other]}")
     return reasons
+
+
+def _unfit_experts(model: Model) -> str | None:
+    """Why the grouped GEMM does not compute this model's experts."""
+    numerics = model.numerics
+    if not numerics.round_bf16:
+        return "numerics have round_bf16=False, and the GEMM's activations are bf16"
+    if numerics.quantise_expert_inputs != "none":
+        return f"numerics quantise expert inputs to {numerics.quantise_expert_inputs}, and the GEMM reads bf16"
+    for layer in range(model.config.n_layers):
+        for expert in range(model.config.router.n_experts):
+            for matrix in ("w1", "w2", "w3"):
+                name = f"{block_name(model.config, layer)}.ffn.experts.{expert}.{matrix}.weight"
+                if (dtype := model.tensors[name].dtype) not in (torch.int8, torch.uint8):
+                    return f"{name} is stored in {dtype}, and the GEMM decodes MXFP4"
+    return None
 
 
 def _unfit_indexer(config: ModelConfig) -> str | None:

@@ -28,6 +28,7 @@ from dsv4ref.ref.sparse_attention import sparse_attention_ref
 from dsv4ref.ref.weights import Weights, block_name
 from dsv4ref.serving.features import Features, check_available
 from dsv4ref.serving.gathered_experts import GatheredExperts
+from dsv4ref.serving.grouped_experts import GroupedExperts
 from dsv4ref.serving.tail_fill import TailFilled
 
 __all__ = ["Attend", "Experts", "Operations", "PrepareLists", "Project", "Route", "compose", "reference_attention"]
@@ -84,7 +85,7 @@ def compose(model: Model, features: Features, device: torch.device | str) -> Ope
     """
     check_available(model, features)
     device = torch.device(device)
-    if features.sparse_decode or features.cached_projection or features.routing_kernels:
+    if any((features.sparse_decode, features.cached_projection, features.routing_kernels, features.grouped_experts)):
         architecture(device)  # refuses the CPU where kernels are compiled, now and not in the first step
 
     attend: Attend = reference_attention(model)
@@ -93,8 +94,11 @@ def compose(model: Model, features: Features, device: torch.device | str) -> Ope
     project = _cached_projection(model, device) if features.cached_projection else _reference_projection(model)
     route = _kernel_routing(model, device) if features.routing_kernels else _reference_routing(model)
     prepare_lists = _fill_the_tail if features.shrink_tail_fill else _fill_everything
-    experts = step_experts = _reference_experts(model)
-    if features.device_step:
+    experts: Experts = _reference_experts(model)
+    step_experts = experts
+    if features.grouped_experts:
+        experts = step_experts = GroupedExperts(model, device)
+    elif features.device_step:
         step_experts = GatheredExperts(model, device)
     return Operations(attend, project, route, prepare_lists, experts, step_experts)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv4ref.config import V4_TINY, ModelConfig, RouterConfig
+from dsv4ref.formats import mxfp4
 from dsv4ref.formats.fp8 import Dialect
 from dsv4ref.formats.scope import Scope
 from dsv4ref.ref.checkpoint_writer import quantise_fp8, random_tensor
@@ -38,6 +39,15 @@ def slice_model(
     for name in [name for name in tensors if name.endswith("wo_a.weight")]:
         tensors[name], tensors[name.replace("weight", "scale")] = quantise_fp8(tensors[name].float())
     return Model(config, tensors, numerics)
+
+
+def in_mxfp4(model: Model) -> Model:
+    """The model with its routed experts stored as the released models store them."""
+    tensors = dict(model.tensors)
+    for name in [name for name in tensors if ".experts." in name]:
+        packed, tensors[name.replace("weight", "scale")] = mxfp4.quantise(tensors[name])
+        tensors[name] = packed.view(torch.int8)
+    return Model(model.config, tensors, model.numerics)
 
 
 def prompt(config: ModelConfig, length: int, seed: int) -> list[int]:

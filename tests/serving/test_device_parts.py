@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_runs import slice_model
+from engine_runs import in_mxfp4, slice_model
 from torch import Tensor
 
 from dsv4ref.config import C4, C128
-from dsv4ref.formats import kv_cache, mxfp4
+from dsv4ref.formats import kv_cache
 from dsv4ref.ref.checkpoint_writer import quantise_fp8
 from dsv4ref.ref.compressor import CompressorState, compress_ref, empty_state, place_entries_ref
 from dsv4ref.ref.experts import routed_experts_ref
@@ -152,14 +152,11 @@ def test_entries_of_different_requests_are_placed_as_the_reference_places_one(
 
 def stored_as(model: Model, kind: str) -> Model:
     """The model with its routed experts stored in another format."""
+    if kind == "mxfp4":
+        return in_mxfp4(model)
     tensors = dict(model.tensors)
-    for name in [name for name in tensors if ".experts." in name and name.endswith(".weight")]:
-        scale = name.replace("weight", "scale")
-        if kind == "mxfp4":
-            packed, tensors[scale] = mxfp4.quantise(tensors[name])
-            tensors[name] = packed.view(torch.int8)
-        if kind == "fp8":
-            tensors[name], tensors[scale] = quantise_fp8(tensors[name].float())
+    for name in [name for name in tensors if ".experts." in name and kind == "fp8"]:
+        tensors[name], tensors[name.replace("weight", "scale")] = quantise_fp8(tensors[name].float())
     return Model(model.config, tensors, model.numerics)
 
 
