@@ -99,9 +99,8 @@ def compress_ref(x: Tensor, weights: Weights, state: CompressorState) -> tuple[T
     ratio, dim = ape.shape[0], state.previous_kv.shape[1]
     overlap = state.previous_kv.shape[0] > 0
 
-    place = (
-        state.kv.shape[0] + torch.arange(x.shape[0], device=x.device)
-    ) % ratio  # [T] p mod r: groups start at multiples of r
+    arrived = torch.arange(x.shape[0], device=x.device)
+    place = (state.kv.shape[0] + arrived) % ratio  # [T] p mod r: groups start at multiples of r
     kv = x @ weights.matrix("wkv").T  # [T, c]
     score = x @ weights.matrix("wgate").T + ape[place]  # [T, c]
     kv, score = torch.cat((state.kv, kv)), torch.cat((state.score, score))  # from the open group's first token
