@@ -377,8 +377,8 @@ _CASES = (
 def _requests(arch: str) -> tuple[CompileRequest, ...]:
     """W1 as the baseline and as the optimised path launch it, the sum, and the owner; tiles are chapter 13's matter."""
     n, k = 2 * V4_FLASH.moe_inter_dim, V4_FLASH.hidden_size
-    top_k, mine = V4_FLASH.router.top_k, V4_FLASH.router.n_experts // 2
-    tile = select_tile(arch, 1024, mine, top_k, n, k)
+    top_k, every = V4_FLASH.router.top_k, V4_FLASH.router.n_experts
+    tile = select_tile(arch, local_rows(1024, every, every // 2), every // 2, top_k, n, k)
     pointers = {"x": "*bf16", "packed": "*u8", "scales": "*u8", "out": "*bf16"}
     indices = dict.fromkeys(("gather", "offsets", "tile_expert", "tile_first"), "*i32")
     strides = dict.fromkeys(("x_stride", "out_stride"), "i32")

@@ -10,11 +10,22 @@ __all__ = ["launch_explorer"]
 
 _WIDTH, _LEFT, _PLOT = 640, 90.0, 530.0
 _COLOURS = {
-    "W1": COLOURS[0], "gather to token order": COLOURS[1], "clamped SwiGLU": COLOURS[2],
-    "gather to expert order": COLOURS[1], "W2 by slot": COLOURS[4], "weighted sum": COLOURS[5], "W2 and sum": COLOURS[3],
-}  # fmt: skip
-_LEGEND = {"W1": "W1", "gather to token order": "gathers", "clamped SwiGLU": "clamped SwiGLU", "W2 by slot": "W2 by slot",
-           "weighted sum": "weighted sum", "W2 and sum": "W2 and sum, owned"}  # fmt: skip
+    "W1": COLOURS[0],
+    "gather to token order": COLOURS[1],
+    "gather to expert order": COLOURS[1],
+    "clamped SwiGLU": COLOURS[2],
+    "W2 by slot": COLOURS[4],
+    "weighted sum": COLOURS[5],
+    "W2 and sum": COLOURS[3],
+}
+_LEGEND = {
+    "W1": "W1",
+    "gather to token order": "gathers",
+    "clamped SwiGLU": "clamped SwiGLU",
+    "W2 by slot": "W2 by slot",
+    "weighted sum": "weighted sum",
+    "W2 and sum": "W2 and sum, owned",
+}
 
 
 def launch_explorer(rows: int = 1024, ranks: int = 2, device: str = "mi300x") -> str:

@@ -5,8 +5,8 @@ trades: rows beyond an expert's last are computed and thrown away (padding, grow
 expert reads the expert's weights again (grows as block_m shrinks). Which of the two costs more turns on the rows that
 an expert has, not on the rows of the batch, so the selection goes by *average rows per local expert*.
 
-Source of the published ramp: doubleword's vLLM fork, commits 330979094 and d9d24cade. Of the default: triton_kernels'
-``opt_flags`` (block_m up to 128, block_n 256, block_k 128). Hazards: H36, H38.
+Source of the published ramp: doubleword's vLLM fork, commits 330979094 and d9d24cade. Of what it replaced:
+triton_kernels' ``opt_flags`` (block_m up to 128, block_n up to 256, block_k 128). Hazards: H36, H38.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "TileRule",
     "check_rules",
     "choose_tile",
+    "default_tile",
     "local_rows",
     "rules_for",
     "select_tile",
@@ -135,29 +136,32 @@ def check_rules(rules: tuple[TileRule, ...]) -> None:
         raise ValueError(f"rules: no line covers averages above {end}")
 
 
-DEFAULT = ExpertTile(128, 256, 128, 8)
-"""One tile for every batch: the largest that triton_kernels' heuristics give the expert weights."""
+DEFAULT = ExpertTile(128, 128, 128, 8)
+"""One tile for every batch, as tall as triton_kernels' heuristics go and half as wide: at 256 columns the grouped GEMM
+spills registers on gfx942 and gfx950."""
 
 PUBLISHED = (
     (512, 1023, ExpertTile(32, 128, 128, 8), "ramp: few rows per expert, so fewer rows per tile"),
-    (1024, None, ExpertTile(64, 128, 128, 8, subtile_n=16), "steady: larger batches, epilogue in pieces of 16 columns"),
+    (1024, None, ExpertTile(64, 128, 128, 8, subtile_n=8), "steady: larger batches, epilogue in 16 pieces"),
 )
 """(least M, largest M, tile, reason) as published, for MI300X with 128 local experts of 256, top-k 6, k = n = 4096. The
-lines give block sizes and the epilogue's subtile and no warp count: 8 here is this workbook's. Below 512 the default
-stays."""
+lines give block sizes and ``epilogue_subtile=16``, a *number of pieces* in triton_kernels: 8 columns each. The warp
+count, 8, is that library's default. Below 512 its heuristics stay."""
 
 _CDNA = (
-    TileRule(ExpertTile(16, 128, 128, 4), "few rows: the weights are the traffic, and 16 rows pad least", upto=12),
-    TileRule(ExpertTile(32, 128, 128, 4), "the published ramp's tile", above=12, upto=24),
-    TileRule(ExpertTile(64, 128, 128, 8), "the published steady tile", above=24, upto=96),
-    TileRule(ExpertTile(128, 128, 128, 8), "many rows: each weight is read once per 128 of them", above=96),
+    TileRule(ExpertTile(16, 64, 128, 4), "fewer rows than experts: narrow tiles, for more programs than units", upto=1),
+    TileRule(ExpertTile(16, 128, 128, 4), "the weights are the traffic, and 16 rows pad least", above=1, upto=16),
+    TileRule(ExpertTile(32, 128, 128, 4), "the published ramp's tile", above=16, upto=32),
+    TileRule(ExpertTile(64, 128, 128, 8), "the published steady tile, epilogue in one piece", above=32, upto=64),
+    TileRule(ExpertTile(128, 128, 128, 8), "each weight is read and decoded once per 128 rows", above=64),
 )
 
 _HOPPER = (
-    TileRule(ExpertTile(16, 128, 128, 4, 3), "few rows: the weights are the traffic, and 16 rows pad least", upto=12),
-    TileRule(ExpertTile(32, 128, 128, 4, 3), "one tile still holds most experts", above=12, upto=24),
-    TileRule(ExpertTile(64, 128, 128, 4, 3), "64 rows are the least that wgmma takes", above=24, upto=96),
-    TileRule(ExpertTile(128, 128, 128, 8, 3), "many rows: each weight is read once per 128 of them", above=96),
+    TileRule(ExpertTile(16, 64, 128, 4, 3), "fewer rows than experts: narrow tiles, for more programs", upto=1),
+    TileRule(ExpertTile(16, 128, 128, 4, 3), "the weights are the traffic, and 16 rows pad least", above=1, upto=16),
+    TileRule(ExpertTile(32, 128, 128, 4, 3), "one tile still holds most experts", above=16, upto=32),
+    TileRule(ExpertTile(64, 128, 128, 4, 3), "one tile still holds most experts", above=32, upto=64),
+    TileRule(ExpertTile(128, 128, 128, 8, 3), "each weight is read and decoded once per 128 rows", above=64),
 )
 
 SELECTION: Mapping[str, tuple[TileRule, ...]] = {"gfx942": _CDNA, "gfx950": _CDNA, "sm_90": _HOPPER, "cpu": _CDNA}
@@ -185,6 +189,11 @@ def choose_tile(rules: tuple[TileRule, ...], slots: int, experts: int) -> TileRu
 def rules_for(arch: str) -> tuple[TileRule, ...]:
     """The architecture's table; the default tile for every batch where none has been worked out."""
     return SELECTION.get(arch, (TileRule(DEFAULT, f"no rules for {arch}: the default tile"),))
+
+
+def default_tile(arch: str) -> ExpertTile:
+    """`DEFAULT` with the architecture's own pipeline: the tile of its tallest line, which is the same."""
+    return max((rule.tile for rule in rules_for(arch)), key=lambda tile: tile.block_m)
 
 
 def local_rows(tokens: int, num_experts: int, local_experts: int) -> int:
