@@ -95,7 +95,12 @@ def test_a_batch_too_large_for_the_captured_sizes_runs_uncaptured(model: Model, 
     subject = captured(model, device, buckets=(1,))
     assert (decoder(subject).captured, list(decoder(subject).steps)) == ((1,), [1, 2])
     replayed: list[int] = []
-    on_replay(subject, lambda replay: (replayed.append(1), replay()))
+
+    def counted(replay: Callable[[], None]) -> None:
+        replayed.append(1)
+        replay()
+
+    on_replay(subject, counted)
     run = drive(subject, SHORT)
     assert run.tokens == expected.tokens
     assert 0 < len(replayed) < sum(decoded > 0 for decoded, _ in run.rows)
@@ -196,7 +201,7 @@ def test_an_operation_that_reads_the_device_cannot_be_captured(model: Model, dev
 # --- the host's part --------------------------------------------------------------------------------------------------
 
 
-def on_replay(subject: DecodeEngine, act: Callable[[Callable[[], None]], object]) -> None:
+def on_replay(subject: DecodeEngine, act: Callable[[Callable[[], None]], None]) -> None:
     """Call ``act`` with every graph's replay in its place."""
     captured_graphs = decoder(subject)._graphs
     assert captured_graphs is not None
@@ -224,7 +229,8 @@ def test_a_steady_step_loads_nothing_and_allocates_nothing_beside_the_replay(mod
 
     on_replay(subject, instead)
     counted = count_allocations(subject.step, warmup=2, method="aten-dispatch")
-    assert counted.operators == ()
+    # The answers are read: on a GPU by copies, on the CPU in place.
+    assert [operator for operator in counted.operators if device == "cpu" or "copy" not in operator] == []
     assert decoder(subject).loads == loads
 
 
