@@ -28,6 +28,7 @@ from torch import Tensor
 from dsv4ref.accuracy.score import load_model
 from dsv4ref.accuracy.task import TASK
 from dsv4ref.ref.model import Model
+from dsv4ref.serving.decode_lists import PADDING
 from dsv4ref.serving.device_decoder import default_sizes
 from dsv4ref.serving.device_step import DeviceStep
 from dsv4ref.serving.engine import DecodeEngine
@@ -241,6 +242,19 @@ def test_padding_rows_write_into_bins_and_the_padding_slot_alone(small: Model, d
         assert tails.compressor is not None
         free = tails.compressor.kv[list(subject.decoder.states.pool.free)]
         assert bool(free.isnan().all()), f"{int((~free.isnan()).sum())} numbers of free slots written"
+
+
+def test_a_request_beside_padding_gets_what_it_gets_without(
+    small: Model, small_runs: Mapping[str, Run], device: str
+) -> None:
+    """Its first entry is closed by a decoded token: the open group must still be what its own tokens left."""
+    subject = engine(small, slots=3, features=eager(small), device=device, buckets=(3,))
+    run = drive(subject, {0: SHORT[0][:1]})
+    off, plain = (Run({0: small_runs[kind].tokens[0]}, {0: small_runs[kind].logits[0]}) for kind in ("off", "plain"))
+    assert_within_budget(run, off, plain)
+    assert subject.decoder is not None
+    positions = subject.decoder.steps[3].lists.step.positions.tolist()
+    assert positions[1:] == [PADDING, PADDING], "padding is padding after any number of steps"
 
 
 # --- transactions -----------------------------------------------------------------------------------------------------
