@@ -183,17 +183,17 @@ def select_entries_ref(
         T tensors, int64 entry numbers below ``(p + 1) // r``.
     """
     if ratio == SWA:
-        return [torch.zeros(0, dtype=torch.int64) for _ in positions]
+        return [torch.zeros(0, dtype=torch.int64, device=qr.device) for _ in positions]
     visible = [(p + 1) // ratio for p in positions.tolist()]  # the closing token sees the entry that it closed
     if ratio != C4:
-        return [torch.arange(count) for count in visible]
+        return [torch.arange(count, device=qr.device) for count in visible]
     assert state.index_keys is not None
     part = weights.at("indexer")
     queries = index_queries_ref(qr, part, positions, freqs, config, numerics)  # [T, Hi, di]
     head_weights = index_head_weights_ref(x, part, config, numerics)  # [T, Hi]
     selected = []
     for query, head_weight, count in zip(queries, head_weights, visible, strict=True):
-        keys = state.index_keys.gather(torch.arange(count), numerics.dtype)  # [N, di]
+        keys = state.index_keys.gather(torch.arange(count, device=qr.device), numerics.dtype)  # [N, di]
         selected.append(select_ref(index_scores_ref(query, keys, head_weight), config.index_topk))
     return selected
 
@@ -281,5 +281,6 @@ def _row_keys(
     window: Rows, compressed: Rows | None, selected: Tensor, p: int, config: ModelConfig, dtype: torch.dtype
 ) -> Tensor:
     """Keys of the query at position p, window first, ``[n, d]``."""
-    recent = window.gather(torch.arange(max(0, p - config.window_size + 1), p + 1), dtype)
-    return recent if compressed is None else torch.cat((recent, compressed.gather(selected, dtype)))
+    recent = torch.arange(max(0, p - config.window_size + 1), p + 1, device=selected.device)
+    keys = window.gather(recent, dtype)
+    return keys if compressed is None else torch.cat((keys, compressed.gather(selected, dtype)))

@@ -56,7 +56,9 @@ class CompressorState:
     entries: int
 
 
-def empty_state(ratio: int, dim: int, overlap: bool, dtype: torch.dtype = torch.float32) -> CompressorState:
+def empty_state(
+    ratio: int, dim: int, overlap: bool, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> CompressorState:
     """The state at the start of a sequence.
 
     Args:
@@ -64,12 +66,13 @@ def empty_state(ratio: int, dim: int, overlap: bool, dtype: torch.dtype = torch.
         dim: d, width of an entry.
         overlap: whether an entry also pools the previous group (C4).
         dtype: arithmetic type.
+        device: where, the weights' device.
     """
     channels = 2 * dim if overlap else dim
-    previous = torch.zeros(ratio if overlap else 0, dim, dtype=dtype)
+    previous = torch.zeros(ratio if overlap else 0, dim, dtype=dtype, device=device)
     return CompressorState(
-        kv=torch.zeros(0, channels, dtype=dtype),
-        score=torch.zeros(0, channels, dtype=dtype),
+        kv=previous.new_zeros(0, channels),
+        score=previous.new_zeros(0, channels),
         previous_kv=previous,
         previous_score=torch.full_like(previous, float("-inf")),
         entries=0,
@@ -96,7 +99,8 @@ def compress_ref(x: Tensor, weights: Weights, state: CompressorState) -> tuple[T
     ratio, dim = ape.shape[0], state.previous_kv.shape[1]
     overlap = state.previous_kv.shape[0] > 0
 
-    place = (state.kv.shape[0] + torch.arange(x.shape[0])) % ratio  # [T] p mod r: groups start at multiples of r
+    arrived = torch.arange(x.shape[0], device=x.device)
+    place = (state.kv.shape[0] + arrived) % ratio  # [T] p mod r: groups start at multiples of r
     kv = x @ weights.matrix("wkv").T  # [T, c]
     score = x @ weights.matrix("wgate").T + ape[place]  # [T, c]
     kv, score = torch.cat((state.kv, kv)), torch.cat((state.score, score))  # from the open group's first token
@@ -141,6 +145,6 @@ def place_entries_ref(
     """
     if numerics.round_pooled:
         pooled = bf16_round_trip(pooled)
-    positions = (first + torch.arange(pooled.shape[0])) * ratio  # [E]
+    positions = (first + torch.arange(pooled.shape[0], device=pooled.device)) * ratio  # [E]
     normed = numerics.round(rms_norm_ref(pooled, norm, eps))
     return numerics.round(rotate_ref(normed, positions, freqs))

@@ -50,7 +50,7 @@ def hadamard_ref(x: Tensor) -> Tensor:
     dim = x.shape[-1]
     if dim < 1 or dim & (dim - 1):
         raise ValueError(f"x: got last dimension {dim}, expected a power of two")
-    matrix = torch.ones(1, 1, dtype=x.dtype)
+    matrix = torch.ones(1, 1, dtype=x.dtype, device=x.device)
     while matrix.shape[0] < dim:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
     return x @ matrix * dim**-0.5

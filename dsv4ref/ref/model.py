@@ -58,9 +58,14 @@ class Model:
         """The tensors, read in the arithmetic dtype."""
         return Weights(self.tensors, self.numerics.dtype)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, hence where the model computes."""
+        return self.tensors["embed.weight"].device
+
     def new_sequence(self) -> State:
         """An empty state on plain tensors."""
-        return empty_sequence(self.config, self.numerics.dtype)
+        return empty_sequence(self.config, self.numerics.dtype, self.device)
 
 
 class Output(NamedTuple):
@@ -163,8 +168,8 @@ def forward_ref(model: Model, token_ids: Tensor, state: State | None = None) -> 
     state.check_rows(config)
     state.check_room(config, token_ids.shape[0])
 
-    token_ids = token_ids.to(torch.int64)
-    positions = state.position + torch.arange(token_ids.shape[0])  # [T]
+    token_ids = token_ids.to(model.device, torch.int64)
+    positions = state.position + torch.arange(token_ids.shape[0], device=model.device)  # [T]
     embedded = model.numerics.round(model.weights.raw("embed.weight")[token_ids].to(model.numerics.dtype))  # [T, D]
     streams = embedded[:, None, :].repeat(1, config.hc_mult, 1)  # [T, n, D]
     layers = []

@@ -44,7 +44,7 @@ class MtpState:
 
 def new_mtp_sequence(model: Model) -> MtpState:
     """An empty state on plain tensors."""
-    return MtpState(0, empty_layer(model.config, 0, model.numerics.dtype))
+    return MtpState(0, empty_layer(model.config, 0, model.numerics.dtype, device=model.device))
 
 
 def mtp_inputs_ref(streams: Tensor, embedded: Tensor, positions: Tensor, model: Model, layer: int) -> Tensor:
@@ -105,8 +105,8 @@ def mtp_ref(
         raise ValueError(f"streams: got shape {tuple(streams.shape)}, expected {wanted}")
 
     layer = config.n_layers + block
-    token_ids = next_token_ids.to(torch.int64)
-    positions = state.position + torch.arange(token_ids.shape[0])
+    token_ids = next_token_ids.to(model.device, torch.int64)
+    positions = state.position + torch.arange(token_ids.shape[0], device=model.device)
     embedded = model.numerics.round(model.weights.raw("embed.weight")[token_ids].to(model.numerics.dtype))
     joined = mtp_inputs_ref(streams.to(model.numerics.dtype), embedded, positions, model, layer)
     result, layer_state = block_ref(joined, token_ids, positions, layer, model, state.layer)

@@ -86,8 +86,8 @@ def rotate_ref(x: Tensor, positions: Tensor, freqs: Tensor) -> Tensor:
 
     Args:
         x: ``[T, ..., d]``, float32 or float64, d >= R.
-        positions: integer ``[T]``, absolute, from 0.
-        freqs: fp32 ``[R / 2]``.
+        positions: integer ``[T]``, absolute, from 0; moved to where ``x`` is.
+        freqs: fp32 ``[R / 2]``, likewise.
 
     Returns:
         ``[T, ..., d]``; the first d - R dimensions are untouched.
@@ -111,7 +111,7 @@ def _rotate(x: Tensor, positions: Tensor, freqs: Tensor, sign: float) -> Tensor:
         )
     if x.shape[-1] < rope_dim:
         raise ValueError(f"x: got last dimension {x.shape[-1]}, expected at least the {rope_dim} rotary ones")
-    angles = positions.to(torch.float32)[:, None] * freqs  # [T, R / 2]
+    angles = positions.to(x.device, torch.float32)[:, None] * freqs.to(x.device)  # [T, R / 2]
     angles = angles.view(-1, *(1 for _ in x.shape[1:-1]), rope_dim // 2)  # [T, 1..., R / 2]
     cos, sin = torch.cos(angles).to(x.dtype), sign * torch.sin(angles).to(x.dtype)
     nope, rope = x[..., :-rope_dim], x[..., -rope_dim:]

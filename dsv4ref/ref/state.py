@@ -118,7 +118,8 @@ class PagedRows:
         """Flat slot ids of rows, int64 ``[n]``: what a kernel's index list holds."""
         _check_numbers(numbers, self.first, self.end)
         block_size = self.cache.block_size
-        table = torch.tensor([-1 if block is None else block for block in self.table], dtype=torch.int64)
+        blocks = [-1 if block is None else block for block in self.table]
+        table = torch.tensor(blocks, dtype=torch.int64, device=numbers.device)
         return table[numbers // block_size] * block_size + numbers % block_size
 
     def append(self, rows: Tensor) -> PagedRows:
@@ -128,7 +129,7 @@ class PagedRows:
         taken = -(-end // self.cache.block_size) - len(self.table)
         grown = PagedRows(self.cache, self.free[taken:], self.table + self.free[:taken], self.first, end)
         if rows.shape[0]:
-            kv_cache.insert(self.cache, grown.slots(torch.arange(self.end, end)), rows)
+            kv_cache.insert(self.cache, grown.slots(torch.arange(self.end, end, device=rows.device)), rows)
         return grown
 
     def gather(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -233,6 +234,7 @@ def empty_layer(
     dtype: torch.dtype = torch.float32,
     window: Rows | None = None,
     compressed: Rows | None = None,
+    device: torch.device | str = "cpu",
 ) -> LayerState:
     """A layer at the start of a sequence; rows are plain where none are given.
 
@@ -242,10 +244,11 @@ def empty_layer(
         dtype: arithmetic type.
         window: empty rows for the window.
         compressed: empty rows for compressed entries.
+        device: where plain rows and open groups lie, the weights' device.
     """
 
     def plain(width: int) -> PlainRows:
-        return PlainRows(torch.zeros(0, width, dtype=dtype))
+        return PlainRows(torch.zeros(0, width, dtype=dtype, device=device))
 
     window = plain(config.head_dim) if window is None else window
     if ratio == SWA:
@@ -254,7 +257,7 @@ def empty_layer(
     layer = LayerState(
         window,
         plain(config.head_dim) if compressed is None else compressed,
-        empty_state(ratio, config.head_dim, overlap, dtype),
+        empty_state(ratio, config.head_dim, overlap, dtype, device),
     )
     if not overlap:
         return layer
@@ -263,13 +266,15 @@ def empty_layer(
         layer.compressed,
         layer.compressor,
         plain(config.index_head_dim),
-        empty_state(ratio, config.index_head_dim, overlap, dtype),
+        empty_state(ratio, config.index_head_dim, overlap, dtype, device),
     )
 
 
-def empty_sequence(config: ModelConfig, dtype: torch.dtype = torch.float32) -> State:
+def empty_sequence(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> State:
     """A new sequence on plain tensors: no rows, open groups empty, "previous" C4 groups weightless."""
-    return State(0, tuple(empty_layer(config, ratio, dtype) for ratio in config.main_ratios))
+    return State(0, tuple(empty_layer(config, ratio, dtype, device=device) for ratio in config.main_ratios))
 
 
 def paged_sequence(
@@ -282,6 +287,7 @@ def paged_sequence(
     dialect: Dialect | str = Dialect.FN,
     compressed_dialect: Dialect | str | None = None,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> State:
     """A new sequence on paged FP8 caches of its own; indexer keys stay plain tensors.
 
@@ -294,6 +300,7 @@ def paged_sequence(
         dialect: e4m3 dialect of the window caches.
         compressed_dialect: of the compressed caches; default as the windows'.
         dtype: arithmetic type.
+        device: where everything lies, the weights' device.
 
     Raises:
         ValueError: head_dim is not 512, a size is not positive, or a page is no whole number of entries.
@@ -313,7 +320,7 @@ def paged_sequence(
     def rows(count: int, size: int, which: Dialect | str) -> PagedRows:
         blocks = -(-count // size)
         # 0xFF poisons what nobody has written: NaN codes, NaN scales, NaN rope.
-        return PagedRows(kv_cache.allocate(blocks, size, which, fill=0xFF), tuple(range(blocks)))
+        return PagedRows(kv_cache.allocate(blocks, size, which, device=device, fill=0xFF), tuple(range(blocks)))
 
     def layer(ratio: int) -> LayerState:
         # One block more than the rows fill: the oldest may be alive for a single row.
@@ -321,6 +328,6 @@ def paged_sequence(
         compressed = None
         if ratio:
             compressed = rows(max_tokens // ratio, page_tokens // ratio, compressed_dialect or dialect)
-        return empty_layer(config, ratio, dtype, window, compressed)
+        return empty_layer(config, ratio, dtype, window, compressed, device)
 
     return State(0, tuple(layer(ratio) for ratio in config.main_ratios))

@@ -11,6 +11,7 @@ Source: the split into decode and prefill rows, and the ragged lists, as in vLLM
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsv4ref.formats.kv_cache import KVCache
-from dsv4ref.formats.scope import Scope, ragged
+from dsv4ref.formats.scope import Scope
 from dsv4ref.serving.requests import Segment
 from dsv4ref.serving.tail_fill import TailFilled
 
@@ -32,8 +33,8 @@ class Batch:
     Args:
         segments: one per request, decoding requests first.
         decodes: how many of them decode, one row each.
-        token_ids: int64 ``[T]``.
-        positions: int64 ``[T]``, each row's place in its request.
+        token_ids: int64 ``[T]``, where the model computes.
+        positions: int64 ``[T]``, likewise: each row's place in its request.
         rows: of every segment, its rows of ``[T]``.
     """
 
@@ -54,11 +55,12 @@ class Batch:
         return torch.tensor([self.rows[number].stop - 1 for number in self.sampled], dtype=torch.int64)
 
 
-def make_batch(segments: Sequence[Segment]) -> Batch:
+def make_batch(segments: Sequence[Segment], device: torch.device | str = "cpu") -> Batch:
     """Lay out segments, decoding requests first, as rows.
 
     Args:
         segments: of `RequestQueue.schedule`, at least one.
+        device: where the model computes.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -69,7 +71,10 @@ def make_batch(segments: Sequence[Segment]) -> Batch:
         positions.extend(range(segment.begin, segment.end))
     decodes = sum(segment.request.decoding for segment in segments)
     assert all(segment.request.decoding for segment in segments[:decodes]), "decoding requests come first"
-    return Batch(tuple(segments), decodes, torch.tensor(tokens), torch.tensor(positions), tuple(rows))
+    where = torch.device(device)
+    return Batch(
+        tuple(segments), decodes, torch.tensor(tokens, device=where), torch.tensor(positions, device=where), tuple(rows)
+    )
 
 
 class SlotLists:
@@ -100,7 +105,7 @@ class SlotLists:
 
         Args:
             cache: one layer's.
-            slots: per decode row, int64 ``[n]`` on the host, n at most the width.
+            slots: per decode row, int64 ``[n]`` on one device, n at most the width.
         """
         lengths = [int(row.numel()) for row in slots]
         if len(slots) != self._rows or max(lengths, default=0) > self.width:
@@ -121,7 +126,9 @@ def prompt_scope(cache: KVCache, slots: Sequence[Tensor], width: int) -> Scope:
 
     Args:
         cache: one layer's.
-        slots: per row, int64 ``[n]`` on the host.
+        slots: per row, int64 ``[n]`` on one device.
         width: slots of a row at most.
     """
-    return Scope(cache, *ragged([row.tolist() for row in slots], cache.data.device), width)
+    where = cache.data.device
+    ends = torch.tensor([0, *itertools.accumulate(int(row.numel()) for row in slots)], dtype=torch.int32)
+    return Scope(cache, torch.cat(list(slots)).to(where, torch.int32), ends.to(where), width)

@@ -9,7 +9,9 @@ A ring holds the last W - 1 tokens and the chunk that is being computed, whateve
 block ``(i // block_size) mod ring``. A request takes all its blocks when it joins and returns them when it leaves; a
 request that runs never waits for memory.
 
-`RequestRows` are one request's rows in these caches, and make the states that the reference model works on.
+`RequestRows` are one request's rows in these caches, and make the states that the reference model works on. Behind the
+blocks of a pool every cache has one more, the *bin*: nobody owns it and nobody reads it, and a step that writes a fixed
+number of entries, whoever has one to write, sends the others there.
 
 Source: paging and page size as in vLLM's DeepSeek-V4 caches; rows and states: dsv4ref.ref.state.
 """
@@ -27,7 +29,7 @@ from dsv4ref.formats.kv_cache import KVCache
 from dsv4ref.ref.numerics import Numerics
 from dsv4ref.ref.state import LayerState, State, empty_layer
 
-__all__ = ["BlockPool", "CacheSizes", "LayerCaches", "OutOfBlocksError", "PagedCaches", "RequestRows"]
+__all__ = ["BlockPool", "CacheSizes", "LayerCaches", "OutOfBlocksError", "PagedCaches", "RequestRows", "index_dtype"]
 
 
 class OutOfBlocksError(RuntimeError):
@@ -66,6 +68,10 @@ class BlockPool:
     def owners(self) -> tuple[int, ...]:
         """Who holds blocks."""
         return tuple(self._held)
+
+    def held(self, owner: int) -> tuple[int, ...]:
+        """An owner's blocks, in the order in which it took them; none for somebody who holds none."""
+        return self._held.get(owner, ())
 
     def take(self, owner: int, count: int) -> tuple[int, ...]:
         """Hand ``count`` blocks to an owner that holds none.
@@ -153,9 +159,9 @@ class CacheSizes:
             config: the model.
             dtype: of indexer keys.
         """
-        pages, total = self.pages(config, self.cache_tokens), 0
+        pages, total = self.pages(config, self.cache_tokens) + 1, 0  # and the bins
         for ratio in config.main_ratios:
-            total += self.slots * self.ring(config) * kv_cache.block_stride(self.block_size)
+            total += (self.slots * self.ring(config) + 1) * kv_cache.block_stride(self.block_size)
             if ratio != SWA:
                 total += pages * kv_cache.block_stride(self.page_tokens // ratio)
             if ratio == C4:
@@ -192,7 +198,7 @@ class RequestRows:
         return len(self.blocks) * self.block_size - (self.end - self.first)
 
     def slots(self, numbers: Tensor) -> Tensor:
-        """Flat slot ids of rows, int64 ``[n]``, on the host: what a scope's list holds.
+        """Flat slot ids of rows, int64 ``[n]``, where ``numbers`` are: what a scope's list holds.
 
         Raises:
             ValueError: a row that is not held.
@@ -202,7 +208,7 @@ class RequestRows:
             raise ValueError(
                 f"numbers: row {int(numbers[outside][0])} is not held, expected {self.first} to {self.end - 1}"
             )
-        blocks = torch.tensor(self.blocks, dtype=torch.int64)
+        blocks = torch.tensor(self.blocks, dtype=torch.int64, device=numbers.device)
         return blocks[numbers // self.block_size % len(self.blocks)] * self.block_size + numbers % self.block_size
 
     def append(self, rows: Tensor) -> RequestRows:
@@ -216,7 +222,7 @@ class RequestRows:
             where = self.store.data.device
             kv_cache.insert(self.store, slots.to(where), rows.to(where))
         else:
-            self.store.view(-1, self.store.shape[2])[slots.to(self.store.device)] = rows.to(self.store.device)
+            self.store.view(-1, self.store.shape[2])[slots.to(self.store.device)] = rows.to(self.store)
         return grown
 
     def gather(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -234,15 +240,20 @@ class LayerCaches:
     """One layer's caches, all requests together.
 
     Args:
-        window: ``[slots * ring, block_size]`` entries.
-        compressed: ``[pages, page_tokens / r]`` entries; None without compression.
-        index_keys: ``[pages, page_tokens / 4, index_head_dim]`` of the arithmetic dtype, on C4 layers: the values are
+        window: ``[slots * ring + 1, block_size]`` entries.
+        compressed: ``[pages + 1, page_tokens / r]`` entries; None without compression.
+        index_keys: ``[pages + 1, page_tokens / 4, index_head_dim]`` of `index_dtype`, on C4 layers: the values are
             those of the numerics' format, unpacked, since the reference indexer reads them.
     """
 
     window: KVCache
     compressed: KVCache | None = None
     index_keys: Tensor | None = None
+
+
+def index_dtype(numerics: Numerics) -> torch.dtype:
+    """What indexer keys are kept in: bfloat16 where it holds every value of their format, as kernels read them."""
+    return torch.bfloat16 if numerics.round_bf16 else numerics.dtype
 
 
 class PagedCaches:
@@ -252,7 +263,8 @@ class PagedCaches:
         config: the model; its head_dim must be the cache's 512.
         sizes: how large.
         numerics: cache dialect and arithmetic dtype.
-        device: where the FP8 caches live; indexer keys stay on the host with the reference that reads them.
+        device: where the caches live.
+        reference: where the reference computes, hence where a state's open groups lie; by default there too.
 
     Raises:
         ValueError: a head that is not 512 wide with 64 rotary, or formats other than an FP8 cache's.
@@ -260,7 +272,12 @@ class PagedCaches:
     """
 
     def __init__(
-        self, config: ModelConfig, sizes: CacheSizes, numerics: Numerics, device: torch.device | str = "cpu"
+        self,
+        config: ModelConfig,
+        sizes: CacheSizes,
+        numerics: Numerics,
+        device: torch.device | str = "cpu",
+        reference: torch.device | str | None = None,
     ) -> None:
         if config.head_dim != kv_cache.HEAD_DIM or config.rope_head_dim != kv_cache.ROPE_DIM:
             raise ValueError(
@@ -273,10 +290,11 @@ class PagedCaches:
                 "keys whatever the formats say"
             )
         self.config, self.sizes, self.numerics = config, sizes, numerics
-        self.nbytes = sizes.nbytes(config, numerics.dtype)
+        self.reference = torch.device(device if reference is None else reference)
+        self.nbytes = sizes.nbytes(config, index_dtype(numerics))
         blocks, pages = sizes.slots * sizes.ring(config), sizes.pages(config, sizes.cache_tokens)
         try:
-            self.layers = tuple(self._layer(ratio, blocks, pages, device) for ratio in config.main_ratios)
+            self.layers = tuple(self._layer(ratio, blocks + 1, pages + 1, device) for ratio in config.main_ratios)
         except (RuntimeError, MemoryError) as error:
             raise RuntimeError(
                 f"caches: {self.nbytes} bytes could not be allocated on {device} ({error}); expected smaller slots = "
@@ -295,7 +313,8 @@ class PagedCaches:
         if ratio != C4:
             return LayerCaches(window, compressed)
         shape = (pages, entries, self.config.index_head_dim)
-        return LayerCaches(window, compressed, torch.full(shape, torch.nan, dtype=self.numerics.dtype))
+        keys = torch.full(shape, torch.nan, dtype=index_dtype(self.numerics), device=device)
+        return LayerCaches(window, compressed, keys)
 
     def fits(self, tokens: int) -> bool:
         """Whether a request of so many tokens could join now."""
@@ -329,7 +348,7 @@ class PagedCaches:
     def _rows(self, ratio: int, caches: LayerCaches, ring: tuple[int, ...], pages: tuple[int, ...]) -> LayerState:
         compressed = None if caches.compressed is None else RequestRows(caches.compressed, pages)
         window = RequestRows(caches.window, ring)
-        layer = empty_layer(self.config, ratio, self.numerics.dtype, window, compressed)
+        layer = empty_layer(self.config, ratio, self.numerics.dtype, window, compressed, self.reference)
         return layer if caches.index_keys is None else replace(layer, index_keys=RequestRows(caches.index_keys, pages))
 
     def close(self, owner: int) -> None:

@@ -112,12 +112,21 @@ class DecodeLists:
         requests: requests that the tables have room for; at least 1.
         geometry: sizes.
         device: where everything lies.
+        tables: block tables to read instead of own ones, ``swa_table`` and ``pages`` of `DecodeStep` for all requests:
+            batch sizes that serve the same requests share them, and `place` alone starts a step.
 
     Raises:
-        ValueError: a number below 1.
+        TypeError, ValueError: a number below 1, or tables of another dtype, size or device.
     """
 
-    def __init__(self, rows: int, requests: int, geometry: ListGeometry, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        rows: int,
+        requests: int,
+        geometry: ListGeometry,
+        device: torch.device | str = "cpu",
+        tables: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         for name, value in (("rows", rows), ("requests", requests)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
@@ -126,11 +135,19 @@ class DecodeLists:
         def buffer(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.int32, device=device)
 
+        if tables is None:
+            tables = (buffer(requests, geometry.swa_blocks), buffer(requests, geometry.pages))
+        swa_table, pages = tables
+        for name, table, columns in (
+            ("tables[0]", swa_table, geometry.swa_blocks),
+            ("tables[1]", pages, geometry.pages),
+        ):
+            checks.check_tensor(name, table, dtype=torch.int32, shape=(requests, columns))
         self.step = DecodeStep(
             positions=buffer(rows).fill_(PADDING),
             requests=buffer(rows).fill_(PADDING),
-            swa_table=buffer(requests, geometry.swa_blocks),
-            pages=buffer(requests, geometry.pages),
+            swa_table=swa_table,
+            pages=pages,
             entries=buffer(rows, geometry.topk),
         )
         self.counts = buffer(rows)
@@ -157,26 +174,42 @@ class DecodeLists:
         requests = step.swa_table.shape[0]
         if requests > mine.swa_table.shape[0]:
             raise ValueError(f"swa_table: got {requests} requests, expected at most {mine.swa_table.shape[0]}")
-        for target, source in ((mine.positions, step.positions), (mine.requests, step.requests)):
-            target[:tokens].copy_(source)
-            target[tokens:].fill_(PADDING)  # the rows of a larger step before this one
+        self.place(step.positions, step.requests)
         mine.swa_table[:requests].copy_(step.swa_table)
         mine.pages[:requests].copy_(step.pages)
         mine.entries[:tokens].copy_(step.entries)
 
+    def place(self, positions: Tensor, requests: Tensor) -> None:
+        """Copy a step's rows into place and mark those behind them as padding; tables and entries stay.
+
+        Args:
+            positions, requests: as in `DecodeStep`, at most `rows`.
+        """
+        tokens = positions.shape[0]
+        for target, source in ((self.step.positions, positions), (self.step.requests, requests)):
+            target[:tokens].copy_(source)
+            target[tokens:].fill_(PADDING)  # the rows of a larger step before this one
+
     def refresh(self) -> None:
         """Make all lists from what `load` put in place: four launches, safe to capture."""
-        g, s = self.geometry, self.step
-        for scope, table, ratio, block, slots in (
-            ("swa", s.swa_table, 1, g.swa_block, g.swa_slots),
-            ("c128", s.pages, _C128, g.page // _C128, g.c128_slots),
-        ):
-            ragged = self.lists[scope]
-            recent_lists(
-                s.positions, s.requests, table, ratio=ratio, width=g.widths[scope], block_size=block,
-                num_slots=slots, indices=ragged.indices, indptr=ragged.indptr,
-            )  # fmt: skip
+        self.list_swa()
+        self.list_c128()
         self.pack_c4()
+
+    def list_swa(self) -> None:
+        """The SWA lists alone, one launch."""
+        self._list_recent("swa", self.step.swa_table, 1, self.geometry.swa_block, self.geometry.swa_slots)
+
+    def list_c128(self) -> None:
+        """The C128 lists alone, one launch."""
+        self._list_recent("c128", self.step.pages, _C128, self.geometry.page // _C128, self.geometry.c128_slots)
+
+    def _list_recent(self, scope: str, table: Tensor, ratio: int, block: int, slots: int) -> None:
+        s, ragged = self.step, self.lists[scope]
+        recent_lists(
+            s.positions, s.requests, table, ratio=ratio, width=self.geometry.widths[scope], block_size=block,
+            num_slots=slots, indices=ragged.indices, indptr=ragged.indptr,
+        )  # fmt: skip
 
     def pack_c4(self) -> None:
         """The C4 lists alone, two launches: they change from layer to layer, because each layer has an indexer."""

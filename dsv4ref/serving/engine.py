@@ -1,15 +1,16 @@
 """The decode engine: continuous batching of a V4 model over paged FP8 caches, by the reference or by kernels.
 
 A step lets waiting requests join, computes one batch (a token of every decoding request, then chunks of prompts), and
-takes a token of highest logit for everybody whose known tokens are computed. `Features` chooses the operations; what it
-does not name is the reference's::
+takes a token of highest logit for everybody whose known tokens are computed. `Features` chooses the operations, and who
+computes what::
 
-    all rows at once          embedding, residual streams, query and key paths, output projection, router, experts, head
-    decode rows at once       sparse attention over two ragged scopes
-    request by request        window and compressed rows, indexer selection, attention of prompt rows
+    prompts          `dsv4ref.serving.forward`, the reference on paged caches
+    decode rows      the same, in the same pass; with ``device_step`` `dsv4ref.serving.device_decoder`, which takes a
+                     request over from its prompt's state and is replayed from graphs with ``captured_steps``
 
-A step is a transaction: states are values and join their request when all of it has succeeded, and the cache rows that
-a failed step wrote are written again before anybody reads them. So an exception leaves every request as it was.
+A step is a transaction: states are values and join their request when all of it has succeeded, and the rows of caches
+and slots that a failed step wrote are written again before anybody reads them. So an exception leaves every request as
+it was.
 
 Source: the order of a step as in vLLM's V1 engine; the model: dsv4ref.ref.model. For serving, use vLLM: this engine has
 no server, no tensor parallelism, no sampling but greedy, and computes most of a step in PyTorch.
@@ -23,20 +24,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dsv4ref.config import C4, C128, SWA, ModelConfig
-from dsv4ref.ref.attention import keys_ref, queries_ref, select_entries_ref, update_rows_ref
-from dsv4ref.ref.experts import routed_experts_ref, shared_expert_ref
-from dsv4ref.ref.hyper_connections import hc_post_ref, hc_pre_ref
-from dsv4ref.ref.model import Model, check_tokens, head_ref
-from dsv4ref.ref.norms import rms_norm_ref
-from dsv4ref.ref.rope import layer_frequencies
-from dsv4ref.ref.state import LayerState, State
-from dsv4ref.ref.weights import Weights, block_name
-from dsv4ref.serving.batch import Batch, SlotLists, make_batch, prompt_scope
-from dsv4ref.serving.blocks import CacheSizes, PagedCaches, RequestRows
-from dsv4ref.serving.features import Features
-from dsv4ref.serving.operations import compose, reference_attention
-from dsv4ref.serving.requests import Request, RequestQueue, Status, greedy
+from dsv4ref.config import ModelConfig
+from dsv4ref.ref.model import Model, check_tokens
+from dsv4ref.ref.state import State
+from dsv4ref.serving.batch import make_batch
+from dsv4ref.serving.blocks import CacheSizes, PagedCaches
+from dsv4ref.serving.device_decoder import DeviceDecoder, default_sizes
+from dsv4ref.serving.features import Features, check_available
+from dsv4ref.serving.forward import ReferenceForward
+from dsv4ref.serving.operations import compose
+from dsv4ref.serving.requests import Request, RequestQueue, Segment, Status, greedy
+from dsv4ref.serving.resident import resident_model
 
 __all__ = ["DecodeEngine", "StepResult"]
 
@@ -47,7 +45,7 @@ class StepResult:
 
     Args:
         tokens: request id -> the token generated for it.
-        logits: request id -> the logits ``[V]`` that it was taken from.
+        logits: request id -> the logits ``[V]`` that it was taken from; none if the engine does not keep them.
         done: requests that left since the last step, in order; the engine knows them no longer.
         decoded: decode rows computed.
         prefilled: prompt rows computed.
@@ -58,6 +56,25 @@ class StepResult:
     done: tuple[Request, ...] = ()
     decoded: int = 0
     prefilled: int = 0
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What a step has for a segment before anybody's request changes.
+
+    Args:
+        segment: whose.
+        state: after it; None where the decoder has it.
+        sampled: whether a token is due.
+        token: that token; None where its logits are not finite.
+        logits: ``[V]``, if they are kept.
+    """
+
+    segment: Segment
+    state: State | None
+    sampled: bool
+    token: int | None = None
+    logits: Tensor | None = None
 
 
 class DecodeEngine:
@@ -73,11 +90,17 @@ class DecodeEngine:
         chunk: prompt tokens of a step at most, over all requests.
         block_size: tokens per window block.
         page_tokens: tokens per page of the compressed caches.
-        device: where the FP8 caches, the lists and the kernels are; the reference computes on the host.
+        device: where the caches, the lists and the kernels are. The reference computes where the model's weights are,
+            hence there too with ``resident_weights``.
+        buckets: batch sizes of a device step, 1 to ``slots``; a batch runs in the smallest that holds it. By default
+            the powers of two below ``slots``, and ``slots``. With ``captured_steps`` each is captured now, and larger
+            batches run uncaptured.
+        keep_logits: whether a step's result holds logits; a device step's must be copied for it.
 
     Attributes:
         caches: the paged caches and their pools.
-        operations: what `Features` composed.
+        operations: what `Features` composed; captured steps keep what was there when they were captured.
+        decoder: what computes decode rows with ``device_step``; None without.
 
     Raises:
         TypeError, ValueError: sizes that cannot be, a model that the caches or the features do not fit, a device on
@@ -97,6 +120,8 @@ class DecodeEngine:
         block_size: int = 64,
         page_tokens: int = 256,
         device: torch.device | str = "cpu",
+        buckets: Sequence[int] | None = None,
+        keep_logits: bool = True,
     ) -> None:
         config = model.config
         self.model = model
@@ -112,19 +137,22 @@ class DecodeEngine:
             raise ValueError(
                 f"max_length: got {max_length}, expected at most {config.max_position}, {config.name}'s positions"
             )
-        self.operations = compose(model, self.features, device)
-        self.caches = PagedCaches(config, sizes, model.numerics, device)
-        self._prompt_attention = reference_attention(model)
-        # By ratio, the most slots of a row: the window's under 0, then each kind of compressed entries.
-        self._widths = {SWA: config.window_size, C4: config.index_topk, C128: max(1, max_length // C128)}
-        self._lists = {
-            ratio: SlotLists(slots, self._widths[ratio], device, self.operations.prepare_lists)
-            for ratio in sorted({SWA, *config.main_ratios})
-        }
-        # NaN: a row that an operation leaves unwritten is heard.
-        shape = (slots, config.n_heads, config.head_dim)
-        self._attended = torch.full(shape, torch.nan, dtype=torch.bfloat16, device=device)
-        self._states: dict[int, State] = {}
+        if buckets is not None and not self.features.device_step:
+            raise ValueError(f"buckets: got {list(buckets)}, expected None without device_step")
+        check_available(model, self.features)
+        computing = resident_model(model, device) if self.features.resident_weights else model
+        self.operations = compose(computing, self.features, device)
+        self.caches = PagedCaches(config, sizes, model.numerics, device, computing.device)
+        self._forward = ReferenceForward(computing, self.caches, self.operations)
+        self.decoder: DeviceDecoder | None = None
+        if self.features.device_step:
+            sizes_of_batches = default_sizes(slots) if buckets is None else buckets
+            skip_full = self.features.full_window_skip
+            self.decoder = DeviceDecoder(computing, self.caches, sizes_of_batches, skip_full=skip_full)
+            if self.features.captured_steps:
+                self.decoder.capture(self.operations)
+        self._keep_logits = keep_logits
+        self._states: dict[int, State | None] = {}  # None: the decoder has it
         self._left: list[Request] = []
         self._next_id = 0
         self._stepping = False
@@ -198,8 +226,11 @@ class DecodeEngine:
 
     def _leave(self, request: Request, status: Status, error: str | None = None) -> None:
         self._queue.leave(request, status, error)
-        if self._states.pop(request.id, None) is not None:
+        if request.id in self._states:
+            del self._states[request.id]
             self.caches.close(request.id)
+            if self.decoder is not None:
+                self.decoder.leave(request.id)
         self._left.append(request)
 
     def _join(self) -> None:
@@ -241,9 +272,7 @@ class DecodeEngine:
             self._join()
             segments = self._queue.schedule()
             if segments:
-                batch = make_batch(segments)
-                logits, states = self._forward(batch)
-                result = self._commit(batch, logits, states)
+                result = self._commit(segments, self._compute(segments))
         finally:
             self._stepping = False
             for request in [r for r in (*self._queue.running, *self._queue.waiting) if r.cancelled]:
@@ -251,110 +280,58 @@ class DecodeEngine:
         done, self._left = tuple(self._left), []
         return replace(result, done=done)
 
-    def _commit(self, batch: Batch, logits: Tensor, states: Sequence[State]) -> StepResult:
+    def _compute(self, segments: Sequence[Segment]) -> list[_Computed]:
+        """What the step is to give every segment; no request has changed."""
+        decodes = [segment for segment in segments if segment.request.decoding and self.decoder is not None]
+        others = segments[len(decodes) :]
+        computed = self._decode(decodes) if decodes else []
+        if not others:
+            return computed
+        batch = make_batch(others, self._forward.model.device)
+        before = [state for segment in others if (state := self._states[segment.request.id]) is not None]
+        logits, states = self._forward(batch, before, self.operations)
+        found = dict(zip(batch.sampled, zip(greedy(logits), logits, strict=True), strict=True))
+        for number, (segment, state) in enumerate(zip(others, states, strict=True)):
+            computed.append(_Computed(segment, state, number in found, *found.get(number, ())))
+        return computed
+
+    def _decode(self, segments: Sequence[Segment]) -> list[_Computed]:
+        """The same for decoding requests, by the decoder."""
+        assert self.decoder is not None
+        for segment in segments:
+            if (state := self._states[segment.request.id]) is not None:
+                self.decoder.join(segment.request.id, state)
+        requests = [segment.request for segment in segments]
+        rows = [self.decoder.row(r.id, r.computed, *r.tokens(r.computed, r.computed + 1)) for r in requests]
+        tokens, logits = self.decoder.decode(rows, self.operations)
+        kept = logits.clone() if self._keep_logits else logits  # the next step writes over them
+        return [
+            _Computed(segment, None, True, token, row)
+            for segment, token, row in zip(segments, tokens, kept, strict=True)
+        ]
+
+    def _commit(self, segments: Sequence[Segment], computed: Sequence[_Computed]) -> StepResult:
         """Give every request its new state, and its token if it is due one."""
-        for segment, state in zip(batch.segments, states, strict=True):
-            self._states[segment.request.id] = state
-            segment.request.computed = segment.end
-        tokens, rows = {}, {}
-        for number, token, row in zip(batch.sampled, greedy(logits), logits, strict=True):
-            request = batch.segments[number].request
-            if request.cancelled:
+        tokens, rows, decoded, prefilled = {}, {}, 0, 0
+        for item in computed:
+            segment, request = item.segment, item.segment.request
+            width = segment.end - segment.begin
+            decoded, prefilled = (decoded + width, prefilled) if request.decoding else (decoded, prefilled + width)
+            self._states[request.id] = item.state
+            request.computed = segment.end
+        for item in computed:
+            request = item.segment.request
+            if request.cancelled or not item.sampled:
                 continue
-            if token is None:
+            if item.token is None:
                 self._leave(request, Status.FAILED, f"logits after {request.length} tokens are not finite")
                 continue
-            tokens[request.id], rows[request.id] = token, row
-            if request.take(token):
+            tokens[request.id] = item.token
+            if self._keep_logits and item.logits is not None:
+                rows[request.id] = item.logits
+            if request.take(item.token):
                 self._leave(request, Status.FINISHED)
-        prefilled = int(batch.positions.numel()) - batch.decodes
-        return StepResult(tokens, rows, decoded=batch.decodes, prefilled=prefilled)
-
-    # --- the model ----------------------------------------------------------------------------------------------------
-
-    def _forward(self, batch: Batch) -> tuple[Tensor, list[State]]:
-        """Logits ``[len(batch.sampled), V]``, and every segment's state after it."""
-        model, config, numerics = self.model, self.model.config, self.model.numerics
-        states = [self._states[segment.request.id] for segment in batch.segments]
-        for segment, state in zip(batch.segments, states, strict=True):
-            state.check_rows(config)
-            state.check_room(config, segment.end - segment.begin)
-        for lists in self._lists.values():
-            lists.prepare(batch.decodes)
-
-        embedded = numerics.round(model.weights.raw("embed.weight")[batch.token_ids].to(numerics.dtype))  # [T, D]
-        streams = embedded[:, None, :].repeat(1, config.hc_mult, 1)  # [T, n, D]
-        after: list[list[LayerState]] = [[] for _ in states]
-        for layer in range(config.n_layers):
-            weights = model.weights.at(block_name(config, layer))
-            u, post, mix = hc_pre_ref(streams, weights, "attn", config, numerics)
-            normed = numerics.round(rms_norm_ref(u, weights.tensor("attn_norm.weight"), config.norm_eps))
-            before = [state.layers[layer] for state in states]
-            y, layer_states = self._attention(normed, weights.at("attn"), layer, batch, before)
-            for collected, layer_state in zip(after, layer_states, strict=True):
-                collected.append(layer_state)
-            streams = hc_post_ref(y, streams, post, mix, numerics)
-
-            u, post, mix = hc_pre_ref(streams, weights, "ffn", config, numerics)
-            normed = numerics.round(rms_norm_ref(u, weights.tensor("ffn_norm.weight"), config.norm_eps))
-            y = self._experts(normed, weights.at("ffn"), layer, batch)
-            streams = hc_post_ref(y, streams, post, mix, numerics)
-        logits = head_ref(streams[batch.sampled_rows], model.weights, model)
-        ends = [segment.end for segment in batch.segments]
-        return logits, [State(end, tuple(layers)) for end, layers in zip(ends, after, strict=True)]
-
-    def _attention(
-        self, x: Tensor, weights: Weights, layer: int, batch: Batch, before: Sequence[LayerState]
-    ) -> tuple[Tensor, list[LayerState]]:
-        """One attention layer: y ``[T, D]`` of x ``[T, D]``, and every segment's state of the layer."""
-        config, numerics = self.model.config, self.model.numerics
-        ratio, freqs = config.ratio(layer), layer_frequencies(config, layer, numerics)
-        q, qr = queries_ref(x, weights, batch.positions, freqs, config, numerics)
-        kv = keys_ref(x, weights, batch.positions, freqs, config, numerics)
-
-        states: list[LayerState] = []
-        window: list[Tensor] = []  # per row, slots
-        compressed: list[Tensor] = []
-        for rows, state in zip(batch.rows, before, strict=True):
-            positions = batch.positions[rows]
-            state = update_rows_ref(x[rows], kv[rows], weights, ratio, freqs, state, config, numerics)
-            chosen = select_entries_ref(x[rows], qr[rows], weights, ratio, positions, freqs, state, config, numerics)
-            window += [_slots(state.window, _window(p, config.window_size)) for p in positions.tolist()]
-            if ratio != SWA:
-                compressed += [_slots(state.compressed, entries) for entries in chosen]
-            oldest = int(positions[-1]) + 2 - config.window_size  # that the next token still sees
-            states.append(replace(state, window=state.window.forget(oldest)))
-
-        o = self._attend(q, weights.tensor("attn_sink"), layer, batch.decodes, window, compressed)
-        return self.operations.project(numerics.round(o), layer, batch.positions, freqs), states
-
-    def _attend(
-        self, q: Tensor, sink: Tensor, layer: int, decodes: int, window: list[Tensor], compressed: list[Tensor]
-    ) -> Tensor:
-        """o ``[T, H, d]``: decode rows by the chosen operation, prompt rows by the reference."""
-        caches, ratio = self.caches.layers[layer], self.model.config.ratio(layer)
-        parts = []
-        if decodes:
-            scope = self._lists[SWA].scope(caches.window, window[:decodes])
-            extra = None
-            if caches.compressed is not None:
-                extra = self._lists[ratio].scope(caches.compressed, compressed[:decodes])
-            parts.append(self.operations.attend(q[:decodes], scope, extra, sink, self._attended[:decodes]))
-        if decodes < q.shape[0]:
-            scope, extra = prompt_scope(caches.window, window[decodes:], self._widths[SWA]), None
-            if caches.compressed is not None:
-                extra = prompt_scope(caches.compressed, compressed[decodes:], self._widths[ratio])
-            parts.append(self._prompt_attention(q[decodes:], scope, extra, sink, self._attended[:0]))
-        return torch.cat(parts)
-
-    def _experts(self, x: Tensor, weights: Weights, layer: int, batch: Batch) -> Tensor:
-        """The feed-forward part: `dsv4ref.ref.experts.moe_ref` with the chosen router."""
-        config, numerics = self.model.config, self.model.numerics
-        hashed = config.is_hash_layer(layer)
-        route_weights, experts = self.operations.route(x, batch.token_ids, weights.at("gate"), hashed)
-        routed = routed_experts_ref(x, route_weights, experts, weights.at("experts"), config.swiglu_limit, numerics)
-        shared = shared_expert_ref(x, weights.at("shared_experts"), config.swiglu_limit, numerics)
-        return numerics.round(routed + shared)
+        return StepResult(tokens, rows, decoded=decoded, prefilled=prefilled)
 
 
 def _token_ids(name: str, given: Iterable[int] | Tensor, config: ModelConfig) -> tuple[int, ...]:
@@ -367,13 +344,3 @@ def _token_ids(name: str, given: Iterable[int] | Tensor, config: ModelConfig) ->
         return ()
     check_tokens(ids, 0, config, name)
     return tuple(ids.tolist())
-
-
-def _window(position: int, width: int) -> Tensor:
-    """Positions that a query sees raw: int64 ``[min(position + 1, width)]``."""
-    return torch.arange(max(0, position - width + 1), position + 1)
-
-
-def _slots(rows: object, numbers: Tensor) -> Tensor:
-    assert isinstance(rows, RequestRows), "the engine's states are made by its caches"
-    return rows.slots(numbers)

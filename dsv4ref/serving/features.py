@@ -1,17 +1,18 @@
 """What the engine may do faster than the reference: one switch per optimisation that has a kernel in this package.
 
-Everything off is the reference model on paged caches. A part without a fast kernel (compressor, indexer, residual
-streams, experts, prefill attention) has no switch and is the reference's either way. The gathers and the two-launch
-decode of chapters 09 and 11 have none either: they serve AITER's kernels, and `sparse_mla_decode` needs neither.
+Everything off is the reference model on paged caches. A part without a fast kernel (compressor, residual streams,
+prefill attention) has no switch and is computed in PyTorch either way. The gathers and the two-launch decode of
+chapters 09 and 11 have none either: they serve AITER's kernels, and `sparse_mla_decode` needs neither.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from dsv4ref.config import C4, ModelConfig
 from dsv4ref.formats.fp8 import Dialect
 from dsv4ref.ref.model import Model
 from dsv4ref.ref.projection import WEIGHT_BLOCK
@@ -32,6 +33,16 @@ class Features:
         cached_projection: the bf16 copy of an FP8 ``wo_a`` is made once and followed (chapter 08).
         routing_kernels: experts and weights come from one launch per layer (chapter 03).
         shrink_tail_fill: of the persistent list buffers only the tail that shrank is cleared (chapter 16).
+        grouped_experts: routed experts come from the grouped MXFP4 GEMM, three launches per layer and three of the plan
+            (chapter 12); without, the reference computes token by token, or a device step gathers each pair's weights.
+        resident_weights: the model's matrices are dequantised once and kept where the kernels are; ``wo_a`` and routed
+            experts stay as stored (`dsv4ref.serving.resident`).
+        device_step: decode rows are computed without the host: state in buffers by request slot, metadata and lists
+            made by launches (chapters 04 and 10; `dsv4ref.serving.device_step`). The lists that ``shrink_tail_fill``
+            clears are then not in use.
+        full_window_skip: rows of that step that see no more entries than top-k take them all without logits (chapter
+            14).
+        captured_steps: that step is captured once per batch size and replayed (chapter 10).
 
     Raises:
         TypeError: a switch is no bool.
@@ -45,17 +56,50 @@ class Features:
     routing_kernels: bool = field(default=False, metadata={"chapter": "expert_routing"})
     shrink_tail_fill: bool = field(default=False, metadata={"chapter": "shrink_tail_fill"})
 
+    grouped_experts: bool = field(default=False, metadata={"chapter": "direct_w2_reduce"})
+    resident_weights: bool = field(default=False, metadata={"chapter": "cached_projection"})
+    device_step: bool = field(default=False, metadata={"chapter": "static_decode_metadata"})
+    full_window_skip: bool = field(default=False, metadata={"chapter": "full_window_topk"})
+    captured_steps: bool = field(default=False, metadata={"chapter": "graph_clean_scratch"})
+
     def __post_init__(self) -> None:
         for name, value in self.switches().items():
             if not isinstance(value, bool):
                 raise TypeError(f"{name}: got {value!r}, expected True or False")
-        for name in ("launch_shape", "output_passthrough"):
-            if getattr(self, name) and not self.sparse_decode:
-                raise ValueError(f"{name}: got True, expected False without sparse_decode, whose kernel it is about")
+        for name, needed in _REFINES.items():
+            for other in needed:
+                if getattr(self, name) and not getattr(self, other):
+                    raise ValueError(f"{name}: got True, expected False without {other}, which it builds on")
 
     def switches(self) -> Mapping[str, bool]:
         """Name -> whether it is on, in the order of the fields."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def without(self, *names: str) -> Features:
+        """With these switches off, and with them whatever builds on one of them.
+
+        Raises:
+            ValueError: a name that is no switch.
+        """
+        for name in names:
+            if name not in self.switches():
+                raise ValueError(f"names: got {name!r}, expected some of {list(self.switches())}")
+        off = set(names)
+        for name, needed in _REFINES.items():
+            if off & set(needed):
+                off.add(name)
+        return replace(self, **dict.fromkeys(off, False))
+
+
+_REFINES: Mapping[str, tuple[str, ...]] = {
+    "launch_shape": ("sparse_decode",),
+    "output_passthrough": ("sparse_decode",),
+    # The reference's attention and hash router read the device.
+    "device_step": ("sparse_decode", "routing_kernels", "resident_weights"),
+    "full_window_skip": ("device_step",),
+    "captured_steps": ("device_step",),
+}
+"""Switch -> those without which it means nothing; a switch that builds on others comes after them."""
 
 
 def unavailable(model: Model) -> Mapping[str, str]:
@@ -73,7 +117,41 @@ def unavailable(model: Model) -> Mapping[str, str]:
         reasons["cached_projection"] = unfit
     if numerics.dtype is not torch.float32:
         reasons["routing_kernels"] = f"numerics have dtype {numerics.dtype}, and the router's arithmetic is fp32"
+    if (unfit := _unfit_experts(model)) is not None:
+        reasons["grouped_experts"] = unfit
+    if (unfit := _unfit_indexer(model.config)) is not None:
+        reasons["device_step"] = unfit
+    for name, needed in _REFINES.items():
+        for other in needed:
+            if other in reasons:
+                reasons.setdefault(name, f"{other} is not available: {reasons[other]}")
     return reasons
+
+
+def _unfit_experts(model: Model) -> str | None:
+    """Why the grouped GEMM does not compute this model's experts."""
+    numerics = model.numerics
+    if not numerics.round_bf16:
+        return "numerics have round_bf16=False, and the GEMM's activations are bf16"
+    if numerics.quantise_expert_inputs != "none":
+        return f"numerics quantise expert inputs to {numerics.quantise_expert_inputs}, and the GEMM reads bf16"
+    for layer in range(model.config.n_layers):
+        for expert in range(model.config.router.n_experts):
+            for matrix in ("w1", "w2", "w3"):
+                name = f"{block_name(model.config, layer)}.ffn.experts.{expert}.{matrix}.weight"
+                if (dtype := model.tensors[name].dtype) not in (torch.int8, torch.uint8):
+                    return f"{name} is stored in {dtype}, and the GEMM decodes MXFP4"
+    return None
+
+
+def _unfit_indexer(config: ModelConfig) -> str | None:
+    """Why the indexer's kernel does not take this model."""
+    if C4 not in config.main_ratios:
+        return None
+    for name, size in (("index_n_heads", config.index_n_heads), ("index_head_dim", config.index_head_dim)):
+        if size < 16 or size & (size - 1):
+            return f"{name} is {size}, and the indexer's kernel takes powers of two from 16 on"
+    return None
 
 
 def _unfit_projection(model: Model) -> str | None:

@@ -1,7 +1,7 @@
 """What a decode step is made of, chosen once: every `Features` switch is read in `compose`, and nowhere else.
 
-Kernels and their buffers live on the engine's device; the reference computes on the host. Where the two are different,
-each operation here carries its own inputs over and its result back.
+Kernels and their buffers live on the engine's device; the reference computes where the model's weights are. Where the
+two are different, each operation here carries its own inputs over and its result back.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from dsv4ref.kernels.projection import DequantisedWeight, grouped_projection
 from dsv4ref.kernels.sparse_mla import sparse_mla_decode
 from dsv4ref.kernels.sparse_mla.launch import STATIC
 from dsv4ref.ref.attention import output_ref
-from dsv4ref.ref.experts import route_ref
+from dsv4ref.ref.experts import route_ref, routed_experts_ref
 from dsv4ref.ref.model import Model
 from dsv4ref.ref.rope import rotate_back_ref
 from dsv4ref.ref.router import router_logits_ref
 from dsv4ref.ref.sparse_attention import sparse_attention_ref
 from dsv4ref.ref.weights import Weights, block_name
 from dsv4ref.serving.features import Features, check_available
+from dsv4ref.serving.gathered_experts import GatheredExperts
+from dsv4ref.serving.grouped_experts import GroupedExperts
 from dsv4ref.serving.tail_fill import TailFilled
 
-__all__ = ["Attend", "Operations", "PrepareLists", "Project", "Route", "compose", "reference_attention"]
+__all__ = ["Attend", "Experts", "Operations", "PrepareLists", "Project", "Route", "compose", "reference_attention"]
 
 Attend: TypeAlias = Callable[[Tensor, Scope, Scope | None, Tensor, Tensor], Tensor]
 """(q ``[T, H, 512]``, window scope, compressed scope, sink ``[H]``, out bf16 ``[T, H, 512]``) -> o ``[T, H, 512]``;
@@ -40,6 +42,9 @@ Project: TypeAlias = Callable[[Tensor, int, Tensor, Tensor], Tensor]
 
 Route: TypeAlias = Callable[[Tensor, Tensor, Weights, bool], tuple[Tensor, Tensor]]
 """(x ``[T, D]``, token ids ``[T]``, the gate's weights, hash layer) -> weights ``[T, k]``, experts int64 ``[T, k]``."""
+
+Experts: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""(x ``[T, D]``, route weights ``[T, k]``, experts int64 ``[T, k]``, layer) -> the routed sum ``[T, D]``, unrounded."""
 
 PrepareLists: TypeAlias = Callable[[TailFilled, int], None]
 """(buffers, decode rows of the step): clears what the step must not find."""
@@ -54,12 +59,16 @@ class Operations:
         project: the output projection of all rows.
         route: experts and weights of all rows.
         prepare_lists: before the decode rows' lists are written.
+        experts: the routed experts of all rows but those of a device step.
+        step_experts: of a device step's rows; an expert of -1 adds nothing, and the device is never read.
     """
 
     attend: Attend
     project: Project
     route: Route
     prepare_lists: PrepareLists
+    experts: Experts
+    step_experts: Experts
 
 
 def compose(model: Model, features: Features, device: torch.device | str) -> Operations:
@@ -76,7 +85,7 @@ def compose(model: Model, features: Features, device: torch.device | str) -> Ope
     """
     check_available(model, features)
     device = torch.device(device)
-    if features.sparse_decode or features.cached_projection or features.routing_kernels:
+    if any((features.sparse_decode, features.cached_projection, features.routing_kernels, features.grouped_experts)):
         architecture(device)  # refuses the CPU where kernels are compiled, now and not in the first step
 
     attend: Attend = reference_attention(model)
@@ -85,7 +94,13 @@ def compose(model: Model, features: Features, device: torch.device | str) -> Ope
     project = _cached_projection(model, device) if features.cached_projection else _reference_projection(model)
     route = _kernel_routing(model, device) if features.routing_kernels else _reference_routing(model)
     prepare_lists = _fill_the_tail if features.shrink_tail_fill else _fill_everything
-    return Operations(attend, project, route, prepare_lists)
+    experts: Experts = _reference_experts(model)
+    step_experts = experts
+    if features.grouped_experts:
+        experts = step_experts = GroupedExperts(model, device)
+    elif features.device_step:
+        step_experts = GatheredExperts(model, device)
+    return Operations(attend, project, route, prepare_lists, experts, step_experts)
 
 
 # --- attention ---
@@ -175,6 +190,19 @@ def _kernel_routing(model: Model, device: torch.device) -> Route:
         return weights.to(x.device), experts.to(x.device, torch.int64)
 
     return route
+
+
+# --- experts ---
+
+
+def _reference_experts(model: Model) -> Experts:
+    config = model.config
+
+    def compute(x: Tensor, route_weights: Tensor, experts: Tensor, layer: int) -> Tensor:
+        weights = model.weights.at(block_name(config, layer)).at("ffn").at("experts")
+        return routed_experts_ref(x, route_weights, experts, weights, config.swiglu_limit, model.numerics)
+
+    return compute
 
 
 # --- lists ---

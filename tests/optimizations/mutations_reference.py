@@ -14,8 +14,8 @@ MUTATIONS = {
     ),
     "place in the group counted from zero in every call": Mutation(
         "dsv4ref/ref/compressor.py",
-        "place = (state.kv.shape[0] + torch.arange(x.shape[0])) % ratio",
-        "place = torch.arange(x.shape[0]) % ratio",
+        "place = (state.kv.shape[0] + arrived) % ratio",
+        "place = arrived % ratio",
         cases=("decode_step/after-5",),
         unaffected=("decode_step/after-4",),
     ),

@@ -5,32 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from engine_runs import Arrivals, Run, agreed, alone, drive, engine, error_norms, plain_attend, prompt, slice_model
+from engine_runs import (
+    ARRIVALS,
+    LONG,
+    Run,
+    alone,
+    assert_same,
+    assert_within_budget,
+    drive,
+    engine,
+    error_norms,
+    largest_error,
+    plain_attend,
+    plain_run,
+    prompt,
+    slice_model,
+    smooth_model,
+)
 from torch import Tensor
 
 from dsv4ref.accuracy.score import load_model
 from dsv4ref.accuracy.task import TASK, V4_TINY_TRAINED
 from dsv4ref.config import V4_TINY
-from dsv4ref.formats.fp8 import Dialect
 from dsv4ref.formats.scope import Scope
 from dsv4ref.ref import checkpoint, checkpoint_writer
 from dsv4ref.ref.model import Model
 from dsv4ref.ref.numerics import DEFAULT
 from dsv4ref.serving.features import Features, available
-
-CONFIG = slice_model((0,)).config
-# Joins in the middle of others, more requests than slots, prompts in several chunks, the window's wrap at 24 tokens.
-ARRIVALS: Arrivals = {
-    0: [(prompt(CONFIG, 5, 0), 7), (prompt(CONFIG, 29, 1), 4)],
-    2: [(prompt(CONFIG, 1, 2), 6)],
-    3: [(prompt(CONFIG, 9, 3), 3)],
-}
-# The C128 entry that position 127 closes; the chunk leaves a token over.
-LONG: Arrivals = {0: [(prompt(CONFIG, 124, 4), 7)], 1: [(prompt(CONFIG, 6, 5), 6)]}
-
 
 # --- joins, leaves, chunks: against the reference model, one request at a time ----------------------------------------
 
@@ -100,42 +105,13 @@ def test_a_stop_token_ends_a_request_and_others_go_on(unrounded: Model, expected
 # --- features on against off ------------------------------------------------------------------------------------------
 
 
-def assert_same(run: Run, reference: Run, budget: float) -> None:
-    """Equal tokens, or a first divergence between two tokens whose logits differ by no more than twice the budget."""
-    assert run.tokens.keys() == reference.tokens.keys()
-    for id, tokens in reference.tokens.items():
-        at = agreed(run, reference, id)
-        if at == len(tokens):
-            continue
-        logits, other = reference.logits[id][at], run.tokens[id][at]
-        margin = float(logits.max() - logits[other])
-        where = f"request {id}, token {at}: got {other}, expected {tokens[at]}"
-        assert margin <= 2 * budget, f"{where}, {margin} apart with a budget of {budget}"
-
-
-def largest_error(run: Run, reference: Run) -> float:
-    """The largest error of a logit while the tokens agree."""
-    worst = 0.0
-    for id in reference.tokens:
-        for got, want in zip(run.logits[id], reference.logits[id][: agreed(run, reference, id) + 1], strict=False):
-            worst = max(worst, float((got - want).abs().max()))
-    return worst
-
-
-def plain_run(model: Model, device: str) -> Run:
-    """The reference engine with the straightforward bf16 attention in decode rows."""
-    subject = engine(model, device=device)
-    subject.operations = replace(subject.operations, attend=plain_attend(model))
-    return drive(subject, ARRIVALS)
-
-
 def test_every_feature_on_gives_the_tokens_of_every_feature_off(device: str) -> None:
     model = slice_model()
     features = available(model)
-    assert all(features.switches().values())
+    assert [name for name, on in features.switches().items() if not on] == ["grouped_experts"]
     off = drive(engine(model, device=device), ARRIVALS)
     on = drive(engine(model, features=features, device=device), ARRIVALS)
-    assert_same(on, off, 2 * largest_error(plain_run(model, device), off))
+    assert_same(on, off, 2 * largest_error(plain_run(model, ARRIVALS, device), off))
     assert on.rows == off.rows
 
 
@@ -143,29 +119,28 @@ def test_features_agree_behind_the_first_c128_entry(device: str) -> None:
     """All but the router's kernels, which the test above has: interpreted, they take longer than all the rest."""
     model = slice_model()
     off = drive(engine(model, device=device), LONG)
-    on = drive(engine(model, features=replace(available(model), routing_kernels=False), device=device), LONG)
+    on = drive(engine(model, features=available(model).without("routing_kernels"), device=device), LONG)
     assert on.tokens == off.tokens
 
 
-def test_a_model_in_the_released_formats_runs_with_every_feature(tmp_path: Path, device: str) -> None:
+def test_a_model_in_the_released_formats_has_every_feature_and_gets_the_same_tokens(
+    tmp_path: Path, device: str
+) -> None:
     """MXFP4 experts, FP8 linears, an MTP block that the engine leaves alone."""
     checkpoint_writer.write_random(tmp_path / "model", V4_TINY, seed=2)
     model = Model(V4_TINY, checkpoint.load(tmp_path / "model", V4_TINY))
     assert model.tensors["layers.0.ffn.experts.0.w1.weight"].dtype is torch.int8
+    assert all(available(model).switches().values())
+    features = available(model).without("grouped_experts")  # interpreted, 16 of them take too long
     arrivals = {0: [(prompt(V4_TINY, 9, 0), 3), (prompt(V4_TINY, 2, 1), 3)]}
-    runs = [drive(engine(model, features=f, device=device), arrivals) for f in (Features(), available(model))]
+    given: list[dict[str, Any]] = [{}, {"features": features, "buckets": (2,)}]
+    runs = [drive(engine(model, slots=2, device=device, **changes), arrivals) for changes in given]
     assert runs[1].tokens == runs[0].tokens
 
 
 @pytest.fixture(scope="module")
 def smooth() -> Model:
-    """Without a choice that an error could flip: all layers route by token id, and top-k keeps every entry."""
-    model = slice_model(numerics=replace(DEFAULT, kv_dialect=Dialect.FNUZ))
-    tensors = dict(model.tensors)
-    for layer in (1, 2):
-        tensors.pop(f"layers.{layer}.ffn.gate.bias")
-        tensors[f"layers.{layer}.ffn.gate.tid2eid"] = tensors["layers.0.ffn.gate.tid2eid"]
-    return Model(replace(model.config, n_hash_layers=3, index_topk=64), tensors, model.numerics)
+    return smooth_model()
 
 
 @pytest.fixture(scope="module")
@@ -175,21 +150,13 @@ def smooth_off(smooth: Model, device: str) -> Run:
 
 @pytest.fixture(scope="module")
 def smooth_plain(smooth: Model, device: str) -> Run:
-    return plain_run(smooth, device)
-
-
-def assert_within_budget(run: Run, off: Run, plain: Run) -> None:
-    """Every request's logits within twice the error of plain bf16 attention, and its tokens with them."""
-    allowed = error_norms(plain, off)
-    for id, norm in error_norms(run, off).items():
-        assert norm <= 2 * allowed[id], f"request {id}: error {norm}, plain bf16 attention {allowed[id]}"
-    assert_same(run, off, 2 * largest_error(plain, off))
+    return plain_run(smooth, ARRIVALS, device)
 
 
 def test_logits_stay_within_twice_the_error_of_plain_bf16_attention(
     smooth: Model, smooth_off: Run, smooth_plain: Run, device: str
 ) -> None:
-    features = replace(available(smooth), routing_kernels=False)
+    features = available(smooth).without("routing_kernels")
     assert_within_budget(drive(engine(smooth, features=features, device=device), ARRIVALS), smooth_off, smooth_plain)
 
 
@@ -231,7 +198,7 @@ def test_the_trained_model_answers_and_features_change_no_token(
     off = drive(engine(trained, **sizes), questions)
     answers = [int(row[examples.tail + 2]) for row in examples.tokens]
     assert [off.tokens[id][0] for id in (0, 1)] == answers
-    features = replace(available(trained), routing_kernels=False)
+    features = available(trained).without("routing_kernels")
     on = drive(engine(trained, features=features, **sizes), questions)
     assert on.tokens == off.tokens
     assert on.rows == off.rows
@@ -240,7 +207,9 @@ def test_the_trained_model_answers_and_features_change_no_token(
 def test_the_trained_model_with_every_feature_that_it_has(device: str) -> None:
     trained = load_model()
     features = available(trained)
-    assert features == replace(Features(**dict.fromkeys(features.switches(), True)), cached_projection=False)
+    assert features == replace(Features(**dict.fromkeys(features.switches(), True)), cached_projection=False).without(
+        "grouped_experts"
+    )
     arrivals = {0: [(prompt(V4_TINY_TRAINED, 21, 8), 6), (prompt(V4_TINY_TRAINED, 11, 9), 6)]}
     runs = [drive(engine(trained, features=f, device=device), arrivals) for f in (Features(), features)]
     assert runs[1].tokens == runs[0].tokens

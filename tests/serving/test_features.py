@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import slice_model
+from engine_runs import in_mxfp4, slice_model
 from torch import Tensor
 
 from dsv4ref import diagnostics
@@ -18,7 +18,7 @@ from dsv4ref.formats import kv_cache
 from dsv4ref.formats.scope import Scope, ragged
 from dsv4ref.kernels.sparse_mla.launch import STATIC
 from dsv4ref.optimizations import catalogue
-from dsv4ref.ref.numerics import DEFAULT, STRUCTURE
+from dsv4ref.ref.numerics import DEEPSEEK, DEFAULT, STRUCTURE
 from dsv4ref.serving.features import Features, available, check_available, unavailable
 from dsv4ref.serving.operations import Operations, compose
 from dsv4ref.serving.tail_fill import TailFilled
@@ -54,12 +54,18 @@ def test_a_refinement_needs_what_it_refines() -> None:
             Features(**{name: True})
     with pytest.raises(TypeError, match="sparse_decode: got 1, expected True or False"):
         Features(sparse_decode=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="captured_steps: got True, expected False without device_step"):
+        Features(captured_steps=True)
+    for missing in ("sparse_decode", "routing_kernels", "resident_weights"):
+        needed = {"sparse_decode": True, "routing_kernels": True, "resident_weights": True, missing: False}
+        with pytest.raises(ValueError, match=f"device_step: got True, expected False without {missing}"):
+            Features(device_step=True, **needed)
 
 
 def test_a_model_without_fp8_projection_says_so_and_everything_else_is_available() -> None:
     model = load_model()
-    assert list(unavailable(model)) == ["cached_projection"]
-    assert [name for name, on in available(model).switches().items() if not on] == ["cached_projection"]
+    assert set(unavailable(model)) == {"cached_projection", "grouped_experts"}
+    assert {name for name, on in available(model).switches().items() if not on} == set(unavailable(model))
     with pytest.raises(ValueError, match=r"cached_projection=True, .*layers.0.attn.wo_a.weight is stored in torch.bf"):
         check_available(model, Features(cached_projection=True))
     with pytest.raises(TypeError, match="features: got dict, expected a Features"):
@@ -67,11 +73,41 @@ def test_a_model_without_fp8_projection_says_so_and_everything_else_is_available
 
 
 def test_formats_that_kernels_do_not_compute_in_are_refused() -> None:
-    model = slice_model((0,))
+    model = in_mxfp4(slice_model((0,)))
     assert not unavailable(model)
+    steps = {"device_step", "full_window_skip", "captured_steps"}
     unrounded = set(unavailable(replace(model, numerics=STRUCTURE)))
-    assert unrounded == {"sparse_decode", "launch_shape", "output_passthrough", "cached_projection"}
-    assert set(unavailable(replace(model, numerics=replace(DEFAULT, dtype=torch.float64)))) == {"routing_kernels"}
+    assert unrounded == {
+        "sparse_decode",
+        "launch_shape",
+        "output_passthrough",
+        "cached_projection",
+        "grouped_experts",
+        *steps,
+    }
+    float64 = unavailable(replace(model, numerics=replace(DEFAULT, dtype=torch.float64)))
+    assert set(float64) == {"routing_kernels", *steps}
+    assert float64["captured_steps"].startswith("device_step is not available: routing_kernels is not available: ")
+
+
+def test_an_indexer_that_its_kernel_does_not_take_leaves_everything_but_device_steps() -> None:
+    model = in_mxfp4(slice_model((4,), index_n_heads=8))
+    assert set(unavailable(model)) == {"device_step", "full_window_skip", "captured_steps"}
+    assert not unavailable(in_mxfp4(slice_model((0,), index_n_heads=8)))
+    with pytest.raises(
+        ValueError, match="device_step=True, expected False: index_n_heads is 8, and the indexer's kern"
+    ):
+        check_available(model, replace(available(model), device_step=True))
+
+
+def test_switching_one_off_switches_off_what_builds_on_it() -> None:
+    everything = available(in_mxfp4(slice_model((0,))))
+    off = [name for name, on in everything.without("sparse_decode").switches().items() if not on]
+    refined = ["launch_shape", "output_passthrough"]
+    assert off == ["sparse_decode", *refined, "device_step", "full_window_skip", "captured_steps"]
+    assert everything.without("captured_steps") == replace(everything, captured_steps=False)
+    with pytest.raises(ValueError, match="names: got 'graphs', expected some of"):
+        everything.without("graphs")
 
 
 def test_sparse_decode_is_one_kernel_and_a_copy_and_output_passthrough_saves_the_copy(
@@ -144,3 +180,27 @@ def test_shrink_tail_fill_clears_nothing_in_a_steady_state(device: str) -> None:
         counted = count_launches(partial(prepare, buffers, 3), warmup=0)
         cleared.append(len(counted.fills) + len(counted.kernels))
     assert cleared == [3, 0]
+
+
+def test_grouped_experts_need_mxfp4_and_unquantised_inputs() -> None:
+    model = in_mxfp4(slice_model((0,)))
+    reasons = [unavailable(m)["grouped_experts"] for m in (slice_model((0,)), replace(model, numerics=DEEPSEEK))]
+    assert reasons[0].startswith("layers.0.ffn.experts.0.w1.weight is stored in torch.float32, and the GEMM decodes")
+    assert reasons[1] == "numerics quantise expert inputs to fp8, and the GEMM reads bf16"
+
+
+def test_grouped_experts_are_three_launches_behind_a_plan_and_give_the_references_sum(
+    device: str, rng: torch.Generator
+) -> None:
+    model = in_mxfp4(slice_model((0,), numerics=replace(DEFAULT, weight_before_w2=False)))
+    x, weights = torch.randn(3, 64, generator=rng).bfloat16().float(), torch.rand(3, 3, generator=rng)
+    experts = torch.stack([torch.randperm(8, generator=rng)[:3] for _ in range(3)])
+    reference, grouped = (compose(model, Features(grouped_experts=on), device) for on in (False, True))
+    want = reference.experts(x, weights, experts, 0)
+    counted = count_launches(lambda: grouped.experts(x, weights, experts, 0), warmup=0)
+    assert sum("grouped" in name or "sum_slots" in name for name in counted.kernels) == 3
+    assert grouped.step_experts is grouped.experts
+    got = grouped.experts(x, weights, experts.index_fill(0, torch.tensor([1]), -1), 0)
+    assert torch.equal(got[1], torch.zeros(64))
+    rows = [0, 2]
+    torch.testing.assert_close(got[rows], want[rows], rtol=2**-6, atol=2**-7 * float(want.abs().max()))
