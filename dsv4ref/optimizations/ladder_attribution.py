@@ -149,7 +149,7 @@ def source_order(names: Sequence[str]) -> tuple[str, ...]:
     """
     rungs = [figure.chapter for figure in published_rungs()]
     chapters = {item.name: item.metadata.get("chapter") for item in fields(Features)}
-    place = {name: rungs.index(chapters[name]) if chapters[name] in rungs else -1 for name in names}
+    place = {name: rungs.index(str(chapters[name])) if chapters[name] in rungs else -1 for name in names}
     known = [item.name for item in fields(Features) if item.name in names]
     return ladder_order(sorted(known, key=lambda name: place[name]))
 

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,22 @@ class Report:
     gates: Mapping[str, str | None]
     records: tuple[Record, ...]
 
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the records, as plain values."""
+        return {
+            "benchmark": self.preset.facts() | {"rehearsal": self.preset.rehearsal},
+            "rungs": self.rungs,
+            "contributions": None
+            if self.contributions is None
+            else [
+                {k: asdict(v) if isinstance(v, timing.Ratio) else v for k, v in row.items()}
+                for row in self.contributions
+            ],
+            "inside": self.inside,
+            "traces": self.traces,
+            "gates": self.gates,
+        }
+
     @property
     def green(self) -> bool:
         """Whether every set's gate is."""
@@ -184,17 +200,19 @@ def run_ladder(
     order: str = "source",
     which: str = "orders",
     switches: Iterable[str] | None = None,
+    inside: bool = True,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Report:
     """Run a ladder, or continue the one in ``out``.
 
     Args:
         preset: the benchmark.
-        out: folder of the journal (``ladder.jsonl``), the traces and, on a GPU, the records.
+        out: folder of the journal (``ladder.jsonl``), ``report.json``, the traces and, on a GPU, the records.
         device: "cpu" or "cuda".
         seed: of weights and prompts.
         repeats: rounds, at least `timing.MIN_ROUNDS`; default the preset's.
         order, which, switches: as in `make_plan`.
+        inside: count launches and memory, and write traces; records need it.
         progress: called with what runs, how much is done and how much there is.
 
     Raises:
@@ -225,8 +243,6 @@ def run_ladder(
         return latest
 
     interleave(open_pass, journal, rounds=rounds, steps=preset.window, progress=progress)
-    if not latest or min(subject.room for subject in latest.values()) < _TRACED_STEPS + 2:
-        open_pass()
     first = plan.rungs(plan.order)
     rows = {
         "order": rung_rows(journal.windows, first, requests=preset.requests, gates=gates, rehearsal=preset.rehearsal)
@@ -235,19 +251,24 @@ def run_ladder(
         rows["reverse"] = rung_rows(
             journal.windows, plan.rungs(plan.reverse), requests=preset.requests, gates=gates, rehearsal=preset.rehearsal
         )
-    reported = [name for _, name in first if gates[name] is None]
-    inside, traces = _look_inside(
-        {name: latest[name] for name in reported}, out, rows["order"], rehearsal=preset.rehearsal
-    )
+    looked: list[dict[str, Any]] = []
+    traces: list[dict[str, Any]] = []
+    if inside:
+        if not latest or min(subject.room for subject in latest.values()) < _TRACED_STEPS + 2:
+            open_pass()
+        reported = {name: latest[name] for _, name in first if gates[name] is None}
+        looked, traces = _look_inside(reported, out, rows["order"], rehearsal=preset.rehearsal)
     shares = _contributions(journal, plan) if len(green) == len(plan.sets) else None
     lines: tuple[Record, ...] = ()
-    if device == "cuda" and not preset.rehearsal and len(green) == len(plan.sets):
-        lines = _records(preset, plan, journal, inside, seed)
+    if device == "cuda" and not preset.rehearsal and looked and len(green) == len(plan.sets):
+        lines = _records(preset, plan, journal, looked, seed)
         key = machines.current().key
         target = out / "records" / key / f"{CHAPTER}.jsonl"
         target.unlink(missing_ok=True)  # of the same journal with fewer rounds
         records.write(target, lines)
-    return Report(preset, rows, shares, inside, traces, gates, lines)
+    report = Report(preset, rows, shares, looked, traces, gates, lines)
+    (out / "report.json").write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
+    return report
 
 
 def _header(preset: Preset, plan: Plan, seed: int) -> dict[str, Any]:
@@ -328,6 +349,9 @@ def _look_inside(
         if kept is not None or subject.on_gpu:
             with tempfile.TemporaryDirectory() as folder:
                 counts = trace_counts(_trace(subject, kept or Path(folder) / "trace.json.gz"))
+        else:
+            for _ in range(_TRACED_STEPS):  # all subjects stand at the same position when launches are counted
+                subject.step()
         launched: int
         busy_ms: float | None
         host_ms: float | None
@@ -362,7 +386,10 @@ def _trace(subject: EngineSubject, path: Path) -> Path:
                 subject.step()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-    profile.export_chrome_trace(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "trace.json"  # the profiler's own gzip goes line by line, for as long as all the rest
+        profile.export_chrome_trace(str(plain))
+        path.write_bytes(gzip.compress(plain.read_bytes(), compresslevel=3))
     return path
 
 

@@ -209,8 +209,8 @@ def resolved_share(relative: float, noise: float, repeats: int, *, trials: int =
 
 
 def _noise(noise: float) -> None:
-    if not 0 < noise < 1:
-        raise ValueError(f"noise: got {noise}, expected a relative standard deviation above 0 and below 1")
+    if not 0 < noise <= 1:
+        raise ValueError(f"noise: got {noise}, expected a relative standard deviation above 0, at most 1")
 
 
 # --- the source's ladder ---
