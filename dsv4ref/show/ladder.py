@@ -9,12 +9,13 @@ from dsv4ref.optimizations.ladder_attribution import cumulative, leave_one_out, 
 from dsv4ref.optimizations.ladder_simulation import PARTS, overlap_times
 from dsv4ref.show import panels
 
-__all__ = ["ORDERS", "ladder_explorer", "noise_explorer"]
+__all__ = ["ORDERS", "VIEWS", "ladder_explorer", "noise_explorer"]
 
 ORDERS = tuple(" > ".join(order) for order in itertools.permutations(PARTS))
 """The orders that `ladder_explorer` can draw, switches from the first turned on to the last."""
 
-_VIEWS = ("ladder", "left out", "Shapley")
+VIEWS = ("ladder", "left out", "Shapley")
+"""What `ladder_explorer` can show of them."""
 
 
 def ladder_explorer(
@@ -36,10 +37,10 @@ def ladder_explorer(
     names = order.split(" > ")
     if view == "ladder":
         shares = cumulative(times, names)
-    elif view in _VIEWS:
+    elif view in VIEWS:
         shares = (leave_one_out if view == "left out" else shapley)(times, names, lambda on: True)
     else:
-        raise ValueError(f"view: got {view!r}, expected one of {', '.join(_VIEWS)}")
+        raise ValueError(f"view: got {view!r}, expected one of {', '.join(VIEWS)}")
     total = times[frozenset()] - times[frozenset(PARTS)]
     title = f"Model, host {host_ms:g} ms, device {device_ms:g} ms, {view}: saved of {total:.3g} ms in all"
     shown = {name: shares[name] for name in names} | {"sum": sum(shares.values())}
