@@ -236,7 +236,7 @@ def ladder(
     order: Annotated[str, typer.Option(help="source, reverse, or switches with commas.")] = "source",
     attribution: Annotated[
         str, typer.Option(help="ladder, orders (two, and each switch left out), or shapley (every set of switches).")
-    ] = "orders",
+    ] = "ladder",
     switches: Annotated[str | None, typer.Option(help="Only these, with commas; default all there are.")] = None,
     seed: Seed = None,
     as_json: Json = False,

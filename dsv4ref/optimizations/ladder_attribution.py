@@ -54,7 +54,7 @@ Times: TypeAlias = Mapping[Switches, Any]
 Allowed: TypeAlias = Callable[[Switches], bool]
 """Whether a set of switches can be built."""
 
-_MOST = 12  # switches whose subsets are enumerated: 4096 of them
+_MOST = 14  # switches whose subsets are enumerated: 16,384 of them
 
 
 # --- switches of the engine ---
@@ -95,7 +95,7 @@ def feasible_subsets(names: Sequence[str], allowed: Allowed = allowed_features) 
     """Every set of these switches that can be built, smaller ones first.
 
     Raises:
-        ValueError: more than 12 switches, a name twice, or the empty or the full set cannot be built.
+        ValueError: more than 14 switches, a name twice, or the empty or the full set cannot be built.
     """
     _distinct(names)
     if len(names) > _MOST:
@@ -127,14 +127,18 @@ def ladder_order(wanted: Sequence[str], allowed: Allowed = allowed_features) -> 
 
 
 def _next(on: Switches, left: Sequence[str], allowed: Allowed) -> tuple[str, ...]:
-    """The first switch that is left, behind the fewest others that it needs."""
-    first, others = left[0], left[1:]
-    for count in range(len(others) + 1):
-        for needed in itertools.combinations(others, count):
-            for step in itertools.permutations((*needed, first)):
-                if step[-1] == first and all(allowed(on | frozenset(step[: n + 1])) for n in range(len(step))):
-                    return step
-    raise ValueError(f"wanted: {first} cannot be turned on after {_said(on)}, whatever is turned on before it")
+    """The first switch that is left, behind the fewest others that it needs: breadth first over what can be built."""
+    paths: list[tuple[str, ...]] = [()]
+    seen = {on}
+    for path in paths:
+        reached = on.union(path)
+        if allowed(reached | {left[0]}):
+            return (*path, left[0])
+        for name in left[1:]:
+            if (wider := reached | {name}) not in seen and allowed(wider):
+                seen.add(wider)
+                paths.append((*path, name))
+    raise ValueError(f"wanted: {left[0]} cannot be turned on after {_said(on)}, whatever is turned on before it")
 
 
 def source_order(names: Sequence[str]) -> tuple[str, ...]:
@@ -163,15 +167,18 @@ def reduced(names: Sequence[str], name: str, allowed: Allowed = allowed_features
     """The largest set that can be built without a switch: it, and what only makes sense with it, left out.
 
     Raises:
-        ValueError: no such switch, or two largest sets.
+        ValueError: no such switch, no set without it, or two largest ones.
     """
     if name not in names:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(names)}")
-    without = [subset for subset in feasible_subsets(names, allowed) if name not in subset]
-    largest = [subset for subset in without if len(subset) == len(without[-1])]
-    if len(largest) > 1:
-        raise ValueError(f"name: without {name} there are {len(largest)} largest sets, expected one")
-    return largest[0]
+    others = [other for other in names if other != name]
+    for size in range(len(others), -1, -1):
+        largest = [found for found in map(frozenset, itertools.combinations(others, size)) if allowed(found)]
+        if len(largest) == 1:
+            return largest[0]
+        if largest:
+            raise ValueError(f"name: without {name} there are {len(largest)} largest sets, expected one")
+    raise ValueError(f"name: no set without {name} can be built")
 
 
 # --- contributions ---

@@ -103,7 +103,7 @@ class Plan:
 
 
 def make_plan(
-    model: Model, order: str = "source", which: str = "orders", switches: Iterable[str] | None = None
+    model: Model, order: str = "source", which: str = "ladder", switches: Iterable[str] | None = None
 ) -> Plan:
     """Choose the sets.
 
@@ -198,7 +198,7 @@ def run_ladder(
     seed: int,
     repeats: int | None = None,
     order: str = "source",
-    which: str = "orders",
+    which: str = "ladder",
     switches: Iterable[str] | None = None,
     inside: bool = True,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -239,6 +239,8 @@ def run_ladder(
         for number, on in enumerate(green):
             progress(f"prompts: {plan.name(on)}", number, len(green))
             latest[plan.name(on)] = EngineSubject(model, preset, on, asked, device)
+            if number == 0:
+                _check_room(latest[plan.name(on)].engine_bytes, len(green))
         latest[f"{OFF} {AGAIN}"] = EngineSubject(model, preset, frozenset(), asked, device)
         return latest
 
@@ -269,6 +271,18 @@ def run_ladder(
     report = Report(preset, rows, shares, looked, traces, gates, lines)
     (out / "report.json").write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
     return report
+
+
+def _check_room(engine_bytes: int | None, more: int) -> None:
+    """So many more engines of this size fit beside each other, as far as one can tell from the first."""
+    if engine_bytes is None:
+        return
+    free, _ = torch.cuda.mem_get_info()
+    if more * engine_bytes > free:
+        raise RuntimeError(
+            f"switches: {more} more engines of {engine_bytes / 2**30:.1f} GiB do not fit into {free / 2**30:.1f} GiB; "
+            "expected fewer sets (attribution 'ladder', or fewer switches)"
+        )
 
 
 def _header(preset: Preset, plan: Plan, seed: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Run a ladder: gates, interleaved rounds in a journal that survives a kill, and the rows that may be reported.
 
 A round runs a window of steps of every subject, in an order that changes from round to round, and the first rung twice.
-Each window is one line of the journal, on disk before the next one starts. A run that was killed continues with a fresh
+Each window is one line of the journal, written before the next one starts. A run that was killed continues with a fresh
 pass of engines: complete rounds count, the one that was cut off does not. The journal's first line says what was
 measured, on what and by which source; a run that differs in any of it is refused, since its rounds would be mixed with
 the old ones.
@@ -12,7 +12,6 @@ A subject whose gate is red has no row: its times are neither reported nor part 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +112,7 @@ class Journal:
                 raise ValueError(f"{path}:{number}: expected round, name, context, seconds ({error})") from error
 
     def add(self, window: Window) -> None:
-        """Append a window; it is on disk when this returns."""
+        """Append a window; from here on a kill of this process does not lose it."""
         self._append(vars(window))
         self.windows.append(window)
 
@@ -129,8 +128,6 @@ class Journal:
     def _append(self, values: Mapping[str, Any]) -> None:
         with self.path.open("ab") as file:
             file.write((json.dumps(values) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
 
     def _parse(self, line: str, number: int) -> dict[str, Any]:
         try:

@@ -65,7 +65,8 @@ class Change:
     @property
     def percent(self) -> tuple[float, float, float]:
         """Change of speed in percent: low, median, high."""
-        return tuple(100 * (value - 1) for value in (self.ratio.low, self.ratio.median, self.ratio.high))  # type: ignore[return-value]
+        low, median, high = (100 * (value - 1) for value in (self.ratio.low, self.ratio.median, self.ratio.high))
+        return low, median, high
 
     @property
     def verdict(self) -> str:

@@ -55,7 +55,10 @@ def noise_explorer(noise_percent: float = 0.3, repeats: int = 1) -> str:
         repeats: runs of every rung.
     """
     threshold = 100 * statistics.resolvable_change(noise_percent / 100, repeats)
-    items = {figure.chapter: abs(figure.gain_percent) for figure in statistics.published_rungs()}
+    items = {
+        f"{'+' if f.gain_percent > 0 else '-'} {f.chapter}": abs(f.gain_percent) for f in statistics.published_rungs()
+    }
     told = sum(value > threshold for value in items.values())
-    title = f"{told} of {len(items)} rungs above {threshold:.2f} %: {repeats} runs each, noise {noise_percent:g} %"
+    runs = "one run" if repeats == 1 else f"{repeats} runs"
+    title = f"{told} of {len(items)} rungs above {threshold:.2f} %: {runs} each, noise {noise_percent:g} %"
     return panels.bars(items, title=title, unit="%", limit=max(items.values()))
