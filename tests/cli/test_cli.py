@@ -21,6 +21,7 @@ from dsv4ref import cli, settings
 from dsv4ref.evidence import isa, records
 from dsv4ref.optimizations import catalogue
 from dsv4ref.optimizations.base import Optimization
+from dsv4ref.optimizations.ladder_benchmark import trace_counts
 
 REPOSITORY = Path(__file__).parents[2]
 VERIFY = ["id", "case", "gate", "passed", "detail"]
@@ -273,6 +274,12 @@ def test_a_ladder_rehearses_on_a_cpu_and_says_so_in_every_row(run: Run, tmp_path
     assert ran.code == 0, ran.err
     assert [row["rung"] for row in ran.rows] == ["everything off", "+ shrink_tail_fill"]
     assert all(row["gate"] == "green" and "no statement about speed" in row["note"] for row in ran.rows)
+    stated = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    for row in stated["traces"]:  # what the report says of a trace is what its file holds
+        assert trace_counts(tmp_path / row["file"]).items() <= row.items()
+        assert row["operators"] > 1000
+    assert all("no statement about speed" in row["note"] for row in (*stated["inside"], *stated["traces"]))
+    assert [row["launches"] > 0 for row in stated["inside"]] == [True, True]
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"ladder.jsonl", "report.json", "trace_before.json.gz", "trace_after.json.gz"}
     assert_refused(run(*arguments, "--seed", "1"), "ladder.jsonl", "seed: it has 0, this run has 1")

@@ -185,22 +185,19 @@ def test_a_rung_whose_tokens_change_is_refused(tmp_path: Path, device: str, monk
 def test_a_ladder_runs_is_resumed_and_refuses_another_source(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = run(tmp_path, device)
+    found = run(tmp_path, device, inside=False)
     assert found.green
     assert [row["rung"] for row in found.rungs["order"]] == [
         "everything off",
         "+ shrink_tail_fill",
         "+ cached_projection",
     ]
-    assert all(row["note"] == REHEARSAL for row in (*found.rungs["order"], *found.inside, *found.traces))
+    assert all(row["note"] == REHEARSAL for row in found.rungs["order"])
     assert all(row["rounds"] == 10 for row in found.rungs["order"])
     assert found.records == (), "a rehearsal is no record"
     journal = (tmp_path / "ladder.jsonl").read_bytes()
     assert len(journal.splitlines()) == 1 + 10 * 4  # three rungs and the second baseline
 
-    for name, row in (("trace_before.json.gz", found.traces[0]), ("trace_after.json.gz", found.traces[-1])):
-        assert benchmark.trace_counts(tmp_path / name).items() <= row.items()
-        assert row["operators"] > row["kernel"] + row["copy"] + row["fill"] or device == "cuda"
     stated = json.loads((tmp_path / "report.json").read_text())
     assert stated["rungs"]["order"] == found.rungs["order"]
     assert stated["benchmark"]["rehearsal"] is True
