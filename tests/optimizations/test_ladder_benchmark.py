@@ -31,9 +31,8 @@ def model() -> Model:
 
 
 def run(out: Path, device: str, **changes: Any) -> benchmark.Report:
-    return benchmark.run_ladder(
-        SHORT, out, **{"device": device, "seed": 0, "switches": CHEAP, "which": "ladder"} | changes
-    )
+    chosen: dict[str, Any] = {"device": device, "seed": 0, "switches": CHEAP, "which": "ladder", **changes}
+    return benchmark.run_ladder(SHORT, out, **chosen)
 
 
 # --- plans ---

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,9 @@ def test_a_window_is_on_disk_and_comes_back(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_run_of_something_else_is_refused_and_adds_nothing(tmp_path: Path, changed: dict, message: str) -> None:  # type: ignore[type-arg]
+def test_a_run_of_something_else_is_refused_and_adds_nothing(
+    tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
     path = tmp_path / "ladder.jsonl"
     Journal(path, HEADER).add(Window(0, "off", 5, (1.0,)))
     before = path.read_bytes()
