@@ -13,10 +13,12 @@ import torch
 
 from dsv4ref.config import LAYER_KINDS
 from dsv4ref.evidence import timing
+from dsv4ref.evidence.roofline import Roofs
 from dsv4ref.optimizations import ladder_attribution as attribution
 from dsv4ref.optimizations import ladder_benchmark as benchmark
 from dsv4ref.optimizations import ladder_workload as workload
 from dsv4ref.optimizations.ladder_runner import REHEARSAL, MixedRunError, Window
+from dsv4ref.optimizations.report import report_rows
 from dsv4ref.ref.model import Model
 from dsv4ref.serving.engine import DecodeEngine
 from dsv4ref.serving.features import available
@@ -252,6 +254,29 @@ def test_contributions_come_from_the_rounds_of_the_journal(model: Model) -> None
     assert medians["left out"] == pytest.approx({"shrink_tail_fill": 5, "cached_projection": 15, "sum": 20})
     assert rows["shrink_tail_fill"]["Shapley"].median == pytest.approx(7.5)
     assert rows["sum"]["Shapley"].median == pytest.approx(25)
+
+
+def test_records_of_a_ladder_are_what_the_scoreboard_reads(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that a GPU takes, with roofs that are given instead of measured."""
+    monkeypatch.setattr(benchmark.roofline, "measure_roofs", lambda: Roofs("none", 4e12, 7e14))
+    plan = benchmark.make_plan(model, switches=CHEAP)
+    seconds = {plan.name(on): value for on, value in zip(plan.sets, (0.10, 0.09, 0.05), strict=True)} | {
+        "off again": 0.10
+    }
+    windows = [Window(n, k, 0, (v * (1 + 1e-4 * n),) * 16) for n in range(12) for k, v in seconds.items()]
+    journal = type("Journal", (), {"windows": windows})()
+    inside = [{"launches": count} for count in (300, 200, 100)]
+    large = workload.get_preset("h200-slice")
+    lines = benchmark._records(large, plan, journal, inside, seed=0)
+    assert [line.variant for line in lines] == ["baseline", f"+ {plan.order[0]}", "optimized"]
+    assert [line.launches for line in lines] == [300, 200, 100]
+    assert [line.ratio for line in lines[1:]] == pytest.approx([10 / 9, 2.0])
+    assert all(line.bound_us is not None and line.repeats == 12 for line in lines)
+    (row,) = report_rows(lines)
+    assert (row["id"], row["case"], row["gate"], row["stale"]) == (benchmark.CHAPTER, large.name, "passed", False)
+    assert row["ratio"] == pytest.approx(2.0)
+    assert row["resolvable"]
+    assert row["baseline_us"] == pytest.approx(1e5, rel=1e-2)
 
 
 def event(name: str, cat: str, ts: float, dur: float) -> dict[str, Any]:
