@@ -274,10 +274,10 @@ def ladder(
         _show(rows, tables.LADDER, False, f"The ladder on {where}, seed {run_seed}, decode steps only")
         if found.contributions is not None:
             views = [column for column in found.contributions[0] if column != "switch"]
-            shares = [
-                {k: tables.interval(v) if k in views else v for k, v in row.items()} for row in found.contributions
-            ]
-            _show(shares, ["switch", *views], False, "Saved of a step, % of everything off, 95 % interval")
+            note = benchmark.REHEARSAL if chosen.rehearsal else ""
+            shares = [{"switch": row["switch"], **{v: tables.interval(row[v]) for v in views}, "note": note}
+                      for row in found.contributions]  # fmt: skip
+            _show(shares, list(shares[0]), False, "Saved of a step, % of everything off, 95 % interval")
         _show(found.inside, list(found.inside[0]), False, "A step from inside")
         _show(found.traces, list(found.traces[0]), False, f"Read back from the traces in {out}")
         if chosen.rehearsal:
