@@ -228,6 +228,67 @@ def measure(
 
 
 @app.command()
+def ladder(
+    out: Annotated[Path, typer.Option(help="Folder of journal, traces and report; a run that was killed continues.")],
+    preset: Annotated[str, typer.Option(help="h200-slice, or tiny: a rehearsal on any machine.")] = "h200-slice",
+    device: Target = None,
+    repeats: Annotated[int | None, typer.Option(help="Windows per rung; may grow when a run continues.")] = None,
+    order: Annotated[str, typer.Option(help="source, reverse, or switches with commas.")] = "source",
+    attribution: Annotated[
+        str, typer.Option(help="ladder, orders (two, and each switch left out), or shapley (every set of switches).")
+    ] = "ladder",
+    switches: Annotated[str | None, typer.Option(help="Only these, with commas; default all there are.")] = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Turn the engine's switches on one by one, gates first, rounds interleaved; exit 1 if a gate is red."""
+    where = _prepare(device)
+    from rich.progress import Progress
+
+    from dsv4ref.optimizations import ladder_benchmark as benchmark
+    from dsv4ref.optimizations.ladder_workload import get_preset
+    from dsv4ref.show import tables
+
+    with _refusals():
+        chosen = get_preset(preset)
+    if where == "cpu" and not chosen.rehearsal:
+        _refuse(f"--preset: got {preset}, which needs a GPU; expected tiny on a CPU")
+    run_seed = _seed(seed)
+    only = None if switches is None else [name.strip() for name in switches.split(",")]
+    with _refusals(), Progress(console=_errors, transient=True, disable=not _errors.is_terminal) as bar:
+        task = bar.add_task("ladder", total=1)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        found = benchmark.run_ladder(
+            chosen, out, device=where, seed=run_seed, repeats=repeats, order=order, which=attribution, switches=only,
+            progress=progress,
+        )  # fmt: skip
+    rows = [{"order": name, **row} for name, listed in found.rungs.items() for row in listed]
+    if as_json:
+        _show(rows, [], True, "")
+    else:
+        facts = [{"fact": key, "value": value} for key, value in chosen.facts().items()]
+        _show(facts, ["fact", "value"], False, f"{chosen.name}: {chosen.about}")
+        _show(rows, tables.LADDER, False, f"The ladder on {where}, seed {run_seed}, decode steps only")
+        if found.contributions is not None:
+            views = [column for column in found.contributions[0] if column != "switch"]
+            note = benchmark.REHEARSAL if chosen.rehearsal else ""
+            shares = [{"switch": row["switch"], **{v: tables.interval(row[v]) for v in views}, "note": note}
+                      for row in found.contributions]  # fmt: skip
+            _show(shares, list(shares[0]), False, "Saved of a step, % of everything off, 95 % interval")
+        _show(found.inside, list(found.inside[0]), False, "A step from inside")
+        _show(found.traces, list(found.traces[0]), False, f"Read back from the traces in {out}")
+        if chosen.rehearsal:
+            _note(benchmark.REHEARSAL)
+    for name, reason in found.gates.items():
+        if reason is not None:
+            _note(f"red gate, not reported: {name}: {reason}")
+    raise typer.Exit(0 if found.green else 1)
+
+
+@app.command()
 def report(
     as_json: Json = False,
     html: Annotated[Path | None, typer.Option(help="Also write the scoreboard as one HTML file.")] = None,

@@ -117,6 +117,7 @@ class Optimization:
         timed: inputs -> named callables to time: "baseline", "optimized" and any other variants and peers.
         measured_modules: modules whose bytes decide whether a record is stale.
         kernels: architecture -> the compile requests for ISA evidence, one per kernel and launch shape.
+        recorded_by: the command that records the measured cases; anything but "measure" takes too long for a page.
     """
 
     id: str
@@ -137,6 +138,7 @@ class Optimization:
     measured_modules: tuple[str, ...]
     yardstick: Callable[[Inputs], Outputs] | None = None
     kernels: Callable[[str], tuple[CompileRequest, ...]] = field(default=lambda arch: ())
+    recorded_by: str = "measure"
 
     def __post_init__(self) -> None:
         for name, hazard in self.hazards.items():

@@ -194,6 +194,8 @@ def residual_rows(opt: Optimization, measured: Iterable[Record]) -> list[dict[st
 def measurements(opt: Optimization, cases: Iterable[str] | None = None) -> tuple[str, list[Record]]:
     """Measure here if kernels are compiled for a GPU, else take the newest records that ship with the package.
 
+    A chapter whose records another command makes (`Optimization.recorded_by`) is never measured here.
+
     Args:
         opt: the chapter.
         cases: measured cases to include; default all of them.
@@ -202,7 +204,7 @@ def measurements(opt: Optimization, cases: Iterable[str] | None = None) -> tuple
         a sentence that says which of the two it is, and the records.
     """
     wanted = [c.name for c in opt.cases.values() if c.measured] if cases is None else list(cases)
-    if kernels.mode() == "compiled" and torch.cuda.is_available():
+    if kernels.mode() == "compiled" and torch.cuda.is_available() and opt.recorded_by == "measure":
         seed, run = settings.get("DSV4REF_SEED"), records.new_run()
         live = [
             r

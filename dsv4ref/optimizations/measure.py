@@ -42,13 +42,16 @@ def measure(
         progress: called with a line before each step.
 
     Yields:
-        The records, case by case.
+        The records, case by case; none of a chapter that another command records.
 
     Raises:
         RuntimeError: no GPU.
         RedGateError: a gate failed; nothing was timed or written.
     """
     timing.require_gpu("measure")
+    if opt.recorded_by != "measure":
+        progress(f"{opt.id}: nothing to measure here, its records come from dsv4ref {opt.recorded_by}")
+        return
     red = []
     for name in opt.cases:
         progress(f"{opt.id}: gate on {name}")

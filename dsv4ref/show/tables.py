@@ -374,6 +374,22 @@ def _floor(row: Row) -> str:
     return UNKNOWN if row["noise_floor"] is None else f"±{100 * row['noise_floor']:.2g} %"
 
 
+def interval(value: Any) -> str:
+    """Median and 95 % interval of something with ``median``, ``low`` and ``high``, in percent; a dash for None."""
+    return UNKNOWN if value is None else f"{value.median:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
+
+
+LADDER = (
+    Column("order"),
+    Column("rung"),
+    Column("gate"),
+    Column("tok_s", "output tok/s"),
+    Column("tpot_ms", "mean step, ms"),
+    Column("p99_ms", "p99, ms"),
+    Column("verdict", "change of speed, 95 %"),
+    Column("rounds"),
+    Column("note"),
+)
 GATES = (
     Column("id"),
     Column("case"),

@@ -21,6 +21,7 @@ from dsv4ref import cli, settings
 from dsv4ref.evidence import isa, records
 from dsv4ref.optimizations import catalogue
 from dsv4ref.optimizations.base import Optimization
+from dsv4ref.optimizations.ladder_benchmark import trace_counts
 
 REPOSITORY = Path(__file__).parents[2]
 VERIFY = ["id", "case", "gate", "passed", "detail"]
@@ -257,6 +258,33 @@ def test_notebooks_check_fails_on_what_is_off_and_fix_mends_what_it_can(run: Run
     assert "stray" not in source.read_text(encoding="utf-8")
 
 
+def test_a_ladder_rehearses_on_a_cpu_and_says_so_in_every_row(run: Run, tmp_path: Path) -> None:
+    arguments = (
+        "ladder",
+        "--out",
+        str(tmp_path),
+        "--preset",
+        "tiny",
+        "--device",
+        "cpu",
+        "--switches",
+        "shrink_tail_fill",
+    )
+    ran = run(*arguments, "--json")
+    assert ran.code == 0, ran.err
+    assert [row["rung"] for row in ran.rows] == ["everything off", "+ shrink_tail_fill"]
+    assert all(row["gate"] == "green" and "no statement about speed" in row["note"] for row in ran.rows)
+    stated = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    for row in stated["traces"]:  # what the report says of a trace is what its file holds
+        assert trace_counts(tmp_path / row["file"]).items() <= row.items()
+        assert row["operators"] > 1000
+    assert all("no statement about speed" in row["note"] for row in (*stated["inside"], *stated["traces"]))
+    assert [row["launches"] > 0 for row in stated["inside"]] == [True, True]
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"ladder.jsonl", "report.json", "trace_before.json.gz", "trace_after.json.gz"}
+    assert_refused(run(*arguments, "--seed", "1"), "ladder.jsonl", "seed: it has 0, this run has 1")
+
+
 # ---- bad input: exit 2, nothing on stdout, one line on stderr ----
 
 
@@ -287,6 +315,13 @@ def assert_refused(ran: Ran, *said: str) -> None:
         ("notebooks --execute {nowhere}.ipynb", ["{nowhere}.ipynb"]),
         ("lab --folder {nowhere}", ["--folder", "00_start_here.ipynb"]),
         ("measure", ["--out"]),
+        ("ladder", ["--out"]),
+        ("ladder --device cpu --out {nowhere}", ["--preset", "h200-slice", "needs a GPU", "tiny"]),
+        ("ladder --device cpu --out {nowhere} --preset mini", ["preset", "'mini'", "h200-slice", "tiny"]),
+        ("ladder --device cpu --out {nowhere} --preset tiny --repeats 3", ["repeats", "3", "at least 10"]),
+        ("ladder --device cpu --out {nowhere} --preset tiny --order down", ["order", "'down'", "source", "reverse"]),
+        ("ladder --device cpu --out {nowhere} --preset tiny --switches fast", ["switches", "'fast'", "sparse_decode"]),
+        ("ladder --device cpu --out {nowhere} --preset tiny --attribution all", ["'all'", "ladder", "shapley"]),
         ("verify --colour", ["--colour"]),
         ("--colour", ["--colour"]),
         ("doctor now", ["now"]),

@@ -116,6 +116,18 @@ def test_bootstrap_refuses_samples_that_are_no_pairs_of_times(
 # ---- summary ----
 
 
+def test_median_of_any_sign_has_the_interval_that_a_ratio_of_the_same_samples_has() -> None:
+    rng = np.random.default_rng(5)
+    drawn = rng.standard_normal(ROUNDS)
+    found = timing.bootstrap_median(drawn - np.median(drawn))
+    assert found.low < found.median < found.high
+    assert abs(found.median) < 1e-12
+    times = simulated(rng, 10.0, 0.05)
+    assert timing.bootstrap_median(times, seed=3) == bootstrap_ratio(times, np.ones(ROUNDS), seed=3)
+    with pytest.raises(ValueError, match=r"samples\[1\]: got inf, expected a finite number"):
+        timing.bootstrap_median([1.0, float("inf")])
+
+
 def test_noise_floor_is_the_farther_end_of_the_again_interval() -> None:
     assert timing.noise_floor(timing.Ratio(1.01, 0.999, 1.02)) == pytest.approx(0.02)
     assert timing.noise_floor(timing.Ratio(0.98, 0.97, 0.999)) == pytest.approx(0.03)

@@ -1,0 +1,233 @@
+"""Journal, rounds and rows of a ladder, on subjects whose times are given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsv4ref.optimizations import ladder_runner as runner
+from dsv4ref.optimizations.ladder_runner import Journal, MixedRunError, Window
+
+HEADER = {"benchmark": {"requests": 2, "output": 8}, "sources": {"module": "0" * 64}}
+NAMES = ("off", "off again", "on")
+
+
+@dataclass
+class Subject:
+    """Takes a given time per step; notes when it ran."""
+
+    name: str
+    log: list[str]
+    room: int = 100
+    seconds: float = 1.0
+    context: int = field(default=0)
+
+    def window(self, steps: int) -> tuple[float, ...]:
+        self.log.append(self.name)
+        self.room -= steps
+        self.context += steps
+        return (self.seconds,) * steps
+
+
+def opener(log: list[str], room: int = 100, opened: list[int] | None = None) -> Callable[[], Mapping[str, Subject]]:
+    def open_pass() -> Mapping[str, Subject]:
+        if opened is not None:
+            opened.append(len(log))
+        return {name: Subject(name, log, room) for name in NAMES}
+
+    return open_pass
+
+
+# --- the journal ---
+
+
+def test_a_window_is_on_disk_and_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "ladder.jsonl"
+    window = Window(0, "off", 5, (0.25, 0.5))
+    Journal(path, HEADER).add(window)
+    assert Journal(path, HEADER).windows == [window]
+    header, line = (json.loads(line) for line in path.read_text().splitlines())
+    assert header["kind"] == "ladder"
+    assert line["seconds"] == [0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sources": {"module": "1" * 64}}, r"another sources.module: it has \"0+\.\.\., this run has \"1+\.\.\."),
+        ({"benchmark": {"requests": 4, "output": 8}}, r"another benchmark.requests: it has 2, this run has 4"),
+        (
+            {"benchmark": {"requests": 4, "output": 9}},
+            r"requests: it has 2, this run has 4 \(and 1 more: benchmark.out",
+        ),
+    ],
+)
+def test_a_run_of_something_else_is_refused_and_adds_nothing(
+    tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "ladder.jsonl"
+    Journal(path, HEADER).add(Window(0, "off", 5, (1.0,)))
+    before = path.read_bytes()
+    with pytest.raises(MixedRunError, match=message):
+        Journal(path, HEADER | changed)
+    assert path.read_bytes() == before
+
+
+def test_a_line_that_a_kill_cut_off_is_dropped_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "ladder.jsonl"
+    journal = Journal(path, HEADER)
+    for name in NAMES:
+        journal.add(Window(0, name, 5, (1.0,)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    again = Journal(path, HEADER)
+    assert [window.name for window in again.windows] == list(NAMES[:2])
+    assert again.dropped > 0
+    again.add(Window(0, NAMES[2], 5, (1.0,)))
+    assert path.read_bytes() == whole
+
+
+def test_a_file_that_is_no_journal_is_refused_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "ladder.jsonl"
+    Journal(path, HEADER)
+    with path.open("a") as file:
+        file.write('{"round": 0}\n')
+    with pytest.raises(ValueError, match=r"ladder.jsonl:2: expected round, name, context, seconds"):
+        Journal(path, HEADER)
+    path.write_text("times\n")
+    with pytest.raises(ValueError, match=r"ladder.jsonl:1: expected one JSON object"):
+        Journal(path, HEADER)
+
+
+# --- rounds ---
+
+
+def test_every_round_runs_every_subject_once_and_the_order_moves(tmp_path: Path) -> None:
+    log: list[str] = []
+    journal = Journal(tmp_path / "j", HEADER)
+    runner.interleave(opener(log), journal, rounds=6, steps=2)
+    rounds = [log[n : n + 3] for n in range(0, len(log), 3)]
+    assert len(rounds) == 6
+    assert all(sorted(names) == sorted(NAMES) for names in rounds)
+    assert {names[0] for names in rounds} == set(NAMES), "no subject always runs first"
+
+
+def test_worn_out_subjects_are_replaced_by_fresh_ones(tmp_path: Path) -> None:
+    log: list[str] = []
+    opened: list[int] = []
+    journal = Journal(tmp_path / "j", HEADER)
+    runner.interleave(opener(log, room=5, opened=opened), journal, rounds=5, steps=2)
+    assert opened == [0, 6, 12]
+    assert [window.context for window in journal.windows if window.name == "on"] == [0, 2, 0, 2, 0]
+
+
+def test_subjects_without_room_for_a_window_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="steps: a fresh subject has no room for a window of 6"):
+        runner.interleave(opener([], room=5), Journal(tmp_path / "j", HEADER), rounds=1, steps=6)
+
+
+def test_a_killed_run_goes_on_and_the_round_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
+    log: list[str] = []
+
+    class KilledError(Exception):
+        pass
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done == 7:  # in the middle of the third round
+            raise KilledError
+
+    path = tmp_path / "j"
+    with pytest.raises(KilledError):
+        runner.interleave(opener(log), Journal(path, HEADER), rounds=5, steps=2, progress=progress)
+    assert len(log) == 7
+    journal = Journal(path, HEADER)
+    assert journal.rounds(NAMES) == 2
+    runner.interleave(opener(log), journal, rounds=5, steps=2)
+    assert len(log) == 7 + 3 * 3
+    found = runner.windows_by_round(Journal(path, HEADER).windows, NAMES)
+    assert list(found) == [0, 1, 3, 4, 5]
+    assert all(set(windows) == set(NAMES) for windows in found.values())
+
+
+def test_a_run_that_is_complete_measures_nothing_more_and_more_repeats_are_added(tmp_path: Path) -> None:
+    log: list[str] = []
+    path = tmp_path / "j"
+    runner.interleave(opener(log), Journal(path, HEADER), rounds=2, steps=2)
+    runner.interleave(opener(log), Journal(path, HEADER), rounds=2, steps=2)
+    assert len(log) == 6
+    runner.interleave(opener(log), Journal(path, HEADER), rounds=3, steps=2)
+    assert len(log) == 9
+
+
+# --- rows ---
+
+
+def windows(times: Mapping[str, float], rounds: int = 30, steps: int = 16, noise: float = 0.002) -> list[Window]:
+    generator = np.random.default_rng(0)
+    return [
+        Window(number, name, 0, tuple((seconds * (1 + noise * generator.standard_normal(steps))).tolist()))
+        for number in range(rounds)
+        for name, seconds in times.items()
+    ]
+
+
+TIMES = {"off": 0.4, "off again": 0.4, "a": 0.4, "a+b": 0.2, "a+b+c": 0.1}
+RUNGS = [("everything off", "off"), ("+ a", "a"), ("+ b", "a+b"), ("+ c", "a+b+c")]
+GREEN: dict[str, str | None] = dict.fromkeys(("off", "a", "a+b", "a+b+c"))
+
+
+def test_rows_say_throughput_and_the_change_of_each_rung() -> None:
+    rows = runner.rung_rows(windows(TIMES), RUNGS, requests=1024, gates=GREEN)
+    assert [row["tok_s"] for row in rows] == pytest.approx([2560, 2560, 5120, 10240], rel=2e-3)
+    assert [row["sign"] for row in rows] == [None, 0, 1, 1]
+    assert [row["speedup"] for row in rows[1:]] == pytest.approx([1, 2, 4], rel=2e-3)
+    assert rows[2]["change_ci"][0] <= 100 <= rows[2]["change_ci"][1], rows[2]["verdict"]
+    assert all(row["p99_ms"] == pytest.approx(row["tpot_ms"], rel=0.02) for row in rows)
+    assert [row["note"] for row in rows] == [""] * 4
+
+
+def test_a_red_rung_has_no_figure_and_the_next_is_held_against_the_last_green_one() -> None:
+    rows = runner.rung_rows(windows(TIMES), RUNGS, requests=1024, gates=GREEN | {"a+b": "2 of 3 requests left"})
+    red = rows[2]
+    assert red["verdict"] == "refused: red gate"
+    assert red["gate"] == "2 of 3 requests left"
+    assert all(red[key] is None for key in ("tok_s", "tpot_ms", "p99_ms", "change", "sign", "speedup"))
+    assert rows[3]["change"] == pytest.approx(300, rel=0.01)
+
+
+def test_a_rung_without_a_gate_is_refused() -> None:
+    gates = {name: reason for name, reason in GREEN.items() if name != "a"}
+    with pytest.raises(ValueError, match="gates: none for a, expected one per subject"):
+        runner.rung_rows(windows(TIMES), RUNGS, requests=1, gates=gates)
+
+
+def test_rounds_without_the_second_baseline_are_no_rounds() -> None:
+    with pytest.raises(ValueError, match="windows: no round has all of off, off again"):
+        runner.rung_rows([], RUNGS, requests=1, gates=GREEN)
+    without = [window for window in windows(TIMES) if window.name != "off again"]
+    with pytest.raises(ValueError, match="windows: no round has all of off, off again"):
+        runner.rung_rows(without, RUNGS, requests=1, gates=GREEN)
+
+
+def test_few_steps_give_a_mean_and_no_p99() -> None:
+    rows = runner.rung_rows(windows(TIMES, rounds=12, steps=8), RUNGS, requests=1, gates=GREEN)
+    assert [row["p99_ms"] for row in rows] == [None] * 4
+    assert all(row["tpot_ms"] for row in rows)
+
+
+def test_a_rehearsal_says_so_in_every_row() -> None:
+    rows = runner.rung_rows(windows(TIMES), RUNGS, requests=1, gates=GREEN, rehearsal=True)
+    assert {row["note"] for row in rows} == {runner.REHEARSAL}
+
+
+def test_contributions_are_shares_of_the_first_rung_with_their_sum() -> None:
+    total = [10.0] * 20
+    rows = runner.contribution_rows({"view": {"a": [2.0] * 20, "b": [-1.0] * 20}}, total)
+    assert [row["switch"] for row in rows] == ["a", "b", "sum"]
+    assert [(r["view"].low, r["view"].median, r["view"].high) for r in rows] == [(20,) * 3, (-10,) * 3, (10,) * 3]
