@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["byte_range", "check_no_overlap", "check_tensor", "check_writable_rows"]
+__all__ = ["byte_range", "check_no_overlap", "check_tensor", "check_writable_rows", "numbered_device"]
 
 
 def check_tensor(
@@ -46,6 +46,20 @@ def check_tensor(
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{name}: got strides {tensor.stride()}, expected a contiguous tensor")
     return tensor
+
+
+def numbered_device(device: torch.device | str) -> torch.device:
+    """A device as its tensors name it: "cuda" is the GPU that is current now, by its number.
+
+    For a device that is kept, and that `check_tensor` compares with a tensor's later.
+
+    Args:
+        device: any that torch takes.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def check_writable_rows(name: str, tensor: Tensor) -> None:
