@@ -42,8 +42,8 @@ def test_a_misfit_is_refused(tensor: Any, wanted: dict[str, Any], error: type[Ex
 
 def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    for given, want in {"cuda": "cuda:3", "cuda:1": "cuda:1", "cpu": "cpu", "meta": "meta"}.items():
-        for device in (given, torch.device(given)):
+    for name, want in {"cuda": "cuda:3", "cuda:1": "cuda:1", "cpu": "cpu", "meta": "meta"}.items():
+        for device in (name, torch.device(name)):
             assert str(numbered_device(device)) == want, device
 
 
