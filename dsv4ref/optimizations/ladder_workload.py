@@ -214,7 +214,7 @@ class Generated:
     logits: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
-def _engine(model: Model, switches: Iterable[str], device: torch.device | str, **sizes: int) -> DecodeEngine:
+def _engine(model: Model, switches: Iterable[str], device: torch.device | str, **sizes: Any) -> DecodeEngine:
     return DecodeEngine(model, features_of(switches), device=device, **sizes)
 
 
