@@ -321,7 +321,7 @@ OPTIMIZATION = Optimization(
             "short by its own split's share, and the error grows with the split count.",
             source="no report of this very bug; vllm#57880 folds the sink into the epilogue at one split only",
             ids=(),
-            case="tiny",
+            case="tiny-over-split",
             planted=_sink_in_each_split,
         ),
         "empty-split-nan": Hazard(
