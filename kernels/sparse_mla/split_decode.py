@@ -163,7 +163,8 @@ def _split_k_decode_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Head blocks of one row and split are neighbours in launch order: their re-reads of the same keys meet in L2.
+    # Head blocks of one row and split are neighbours in launch order, so that their re-reads of the same keys meet in a
+    # cache: L2 on sm_90, Infinity Cache on gfx942 and gfx950, which deal neighbours out to dies with an L2 each.
     heads = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -393,6 +394,7 @@ def split_k_decode(
             overlaps what is written or read.
     """
     num_rows, num_heads = _check_query(q, swa, extra, sink, scale)
+    checks.check_grid_rows("q", num_rows)
     inputs = _input_memory(q, swa, extra, sink) | _rotation_memory(rotation, num_rows, q.device)
     if launch is not None and not isinstance(launch, LaunchShape):
         raise TypeError(f"launch: got {type(launch).__name__}, expected a LaunchShape")
