@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_GRID_ROWS", "byte_range", "check_grid_rows", "check_no_overlap", "check_tensor", "check_writable_rows"]
+__all__ = [
+    "MAX_GRID_ROWS",
+    "byte_range",
+    "check_grid_rows",
+    "check_no_overlap",
+    "check_tensor",
+    "check_writable_rows",
+    "numbered_device",
+]
 
 MAX_GRID_ROWS = 65_535
 """Programs along the second axis of a grid, CUDA's limit; launchers that put rows there take no more in one call."""
@@ -59,6 +67,20 @@ def check_grid_rows(name: str, rows: int) -> None:
     """
     if rows > MAX_GRID_ROWS:
         raise ValueError(f"{name}: got {rows} rows, expected at most {MAX_GRID_ROWS} in one launch")
+
+
+def numbered_device(device: torch.device | str) -> torch.device:
+    """A device as its tensors name it: "cuda" is the GPU that is current now, by its number.
+
+    For a device that is kept, and that `check_tensor` compares with a tensor's later.
+
+    Args:
+        device: any that torch takes.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def check_writable_rows(name: str, tensor: Tensor) -> None:

@@ -35,6 +35,7 @@ from dsv4ref.kernels.aiter.emulation import emulated_library, library_for
 from dsv4ref.kernels.aiter.library import Library
 from dsv4ref.kernels.aiter.lists import list_offsets, pack_lists
 from dsv4ref.kernels.aiter.plan import DecodeShape, PlanBuffers, planned_keys
+from dsv4ref.kernels.capture import current_stream
 from dsv4ref.optimizations import decode_model
 from dsv4ref.optimizations.base import Case, Hazard, Optimization, Prediction
 from dsv4ref.serving.graphs import Graph, capture
@@ -326,14 +327,19 @@ def _load(target: Step, step: Step) -> None:
 
 
 def _timed(inputs: ScratchInputs) -> Mapping[str, Callable[[], object]]:
-    step = inputs.steps[0]
+    step, device = inputs.steps[0], inputs.cache.device
     shape = inputs.shape(step)
-    scratch = Scratch(inputs.library, shape, inputs.cache.device)
-    scratch.rebuild()
-    return {
-        "baseline": lambda: allocated(inputs.library, shape, step, inputs.slots),
-        "optimized": lambda: scratch.prepare(step.q, step.indices, step.lengths, inputs.slots),
-    }
+    held: dict[int, Scratches] = {}
+
+    def prepare() -> None:
+        # A scratch belongs to the stream that built it. Timing warms up and captures on a stream of its own, and counts
+        # launches on another: each builds its scratch in the first call, which nobody times.
+        stream = current_stream(device)
+        if stream not in held:
+            held[stream] = Scratches(inputs.library, device)
+        held[stream].at(shape).prepare(step.q, step.indices, step.lengths, inputs.slots)
+
+    return {"baseline": lambda: allocated(inputs.library, shape, step, inputs.slots), "optimized": prepare}
 
 
 def _predict(case: Case, device: str) -> Prediction:

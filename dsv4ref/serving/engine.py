@@ -45,7 +45,8 @@ class StepResult:
 
     Args:
         tokens: request id -> the token generated for it.
-        logits: request id -> the logits ``[V]`` that it was taken from; none if the engine does not keep them.
+        logits: request id -> the logits ``[V]`` that it was taken from, where they were computed; none if the engine
+            does not keep them.
         done: requests that left since the last step, in order; the engine knows them no longer.
         decoded: decode rows computed.
         prefilled: prompt rows computed.

@@ -24,7 +24,7 @@ from dsv4ref.kernels.aiter.library import Library
 from dsv4ref.kernels.aiter.lists import list_offsets, pack_lists
 from dsv4ref.kernels.aiter.plan import DecodeShape, PlanBuffers, check_plan
 from dsv4ref.kernels.capture import current_stream, is_capturing
-from dsv4ref.kernels.checks import check_tensor
+from dsv4ref.kernels.checks import check_tensor, numbered_device
 
 __all__ = ["Scratch", "Scratches", "scratch_bytes", "scratch_sizes"]
 
@@ -75,7 +75,7 @@ class Scratch:
     Args:
         library: the one whose plans it holds.
         shape: the key; a batch with fewer rows uses the shape's rows with lengths of 0.
-        device: where the buffers live.
+        device: where the buffers live; "cuda" is the GPU that is current now.
 
     Attributes:
         out: bf16 ``[T, H, value_dim]``, the last decode's output.
@@ -86,7 +86,7 @@ class Scratch:
     def __init__(self, library: Library, shape: DecodeShape, device: torch.device | str) -> None:
         self.library = library
         self.shape = shape
-        self.device = torch.device(device)
+        self.device = numbered_device(device)
         self._sizes = scratch_sizes(library, shape)
         self._buffers: dict[str, Tensor] = {}
         self._stream: int | None = None
@@ -261,7 +261,7 @@ class Scratches:
 
     def __init__(self, library: Library, device: torch.device | str) -> None:
         self.library = library
-        self.device = torch.device(device)
+        self.device = numbered_device(device)
         self._held: dict[DecodeShape, Scratch] = {}
 
     @property

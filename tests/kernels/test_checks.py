@@ -18,6 +18,7 @@ from dsv4ref.kernels.checks import (
     check_no_overlap,
     check_tensor,
     check_writable_rows,
+    numbered_device,
 )
 from dsv4ref.kernels.sparse_mla import QueryRotation, merge_scopes, rotate_rows, sparse_mla_prefill
 
@@ -46,6 +47,18 @@ def test_a_fitting_tensor_is_returned_itself() -> None:
 def test_a_misfit_is_refused(tensor: Any, wanted: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         check_tensor("x", tensor, dtype=torch.float32, shape=("T", 4), **wanted)
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for name, want in {"cuda": "cuda:3", "cuda:1": "cuda:1", "cpu": "cpu", "meta": "meta"}.items():
+        for device in (name, torch.device(name)):
+            assert str(numbered_device(device)) == want, device
+
+
+def test_a_kept_device_is_the_one_that_its_tensors_name(device: str) -> None:
+    kept = numbered_device(device)
+    assert check_tensor("x", torch.zeros(3, device=device), dtype=torch.float32, shape=(3,), device=kept) is not None
 
 
 # --- writable rows ---------------------------------------------------------------------------------------------------

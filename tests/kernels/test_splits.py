@@ -197,5 +197,5 @@ def test_as_many_workgroups_are_resident_as_registers_and_lds_allow(arch: str) -
     for shape, row in zip(SHAPES[arch], isa.compile_rows(requests, [arch]), strict=True):
         # Spills belong to kernel and compiler (H35): Triton 3.6 spills this one shape, as it does chapter 05's.
         old = row.triton.startswith("3.6.") and arch == "gfx942" and row.shape.startswith("16x32 w8")
-        assert row.vgpr_spills == 0 or old, row
+        assert (row.vgpr_spills > 0) == old, row
         assert row.waves_per_simd * isa.arch_caps(arch).simds_per_cu // row.num_warps == shape.resident, row

@@ -11,8 +11,15 @@ import torch
 from dsv4ref.evidence.allocations import count_allocations
 from dsv4ref.evidence.launches import count_launches
 from dsv4ref.kernels.aiter.emulation import emulated_library, library_for
+from dsv4ref.kernels.capture import emulated_capture, emulated_stream
 from dsv4ref.optimizations import catalogue
-from dsv4ref.optimizations.graph_clean_scratch import CachedPlan, ScratchInputs, _walk, placements
+from dsv4ref.optimizations.graph_clean_scratch import (
+    OPTIMIZED_LAUNCHES,
+    CachedPlan,
+    ScratchInputs,
+    _walk,
+    placements,
+)
 from dsv4ref.serving.graphs import EmulatedGraph, FreedMemoryError
 from dsv4ref.serving.scratch import Scratch
 
@@ -37,6 +44,37 @@ def test_allocations_go_from_sixteen_to_none(device: str) -> None:
     calls = OPT.timed(built("three-calls", device))
     assert count_allocations(calls["baseline"]).count == 16
     assert count_allocations(calls["optimized"]).count == 0
+
+
+def test_what_is_timed_has_a_scratch_on_every_stream_that_calls_it(device: str) -> None:
+    """As timing does: warm-up and capture on a stream of its own, launches counted on the current one."""
+    if device != "cpu":
+        pytest.skip("kernels are compiled here; emulated streams are for the CPU")
+    call = OPT.timed(built("three-calls", device))["optimized"]
+    with emulated_stream(7):
+        call()
+        assert count_allocations(call).count == 0
+        with emulated_capture():
+            call()
+    with emulated_stream(8), emulated_capture(), pytest.raises(RuntimeError, match="first built under graph capture"):
+        call()
+    assert count_launches(call).total == sum(OPTIMIZED_LAUNCHES.values())
+
+
+@pytest.mark.gpu
+def test_what_is_timed_is_captured_on_the_stream_that_warmed_it_up() -> None:
+    calls = OPT.timed(built("three-calls", "cuda"))
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    for call in calls.values():
+        call()  # on the current stream: a scratch of its own, of no use to the other
+        with torch.cuda.stream(side):
+            call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        kept = {name: call() for name, call in calls.items()}
+    graph.replay()
+    lists = calls["baseline"]()
+    assert torch.equal(kept["baseline"]["kv_indices"], lists["kv_indices"])
 
 
 def test_bytes_are_as_predicted_where_they_can_be_added_up(device: str) -> None:

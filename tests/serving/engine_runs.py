@@ -111,7 +111,7 @@ def drive(engine: DecodeEngine, arrivals: Arrivals, cancels: Mapping[int, Sequen
         run.rows.append((result.decoded, result.prefilled))
         for id, token in result.tokens.items():
             run.tokens.setdefault(id, []).append(token)
-            run.logits.setdefault(id, []).append(result.logits[id])
+            run.logits.setdefault(id, []).append(result.logits[id].cpu())  # they lie where they were computed
         run.done |= {request.id: request for request in result.done}
         step += 1
     return run

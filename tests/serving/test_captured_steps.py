@@ -119,10 +119,9 @@ def test_any_step_may_be_the_one_that_is_captured(model: Model, device: str) -> 
     operations = [subject.operations for subject in twins]
     with torch.no_grad():
         steps[0].load(rows)
+        # An emulated capture runs the step, a real one only records it: what is compared is a replay's.
         graph = graphs.capture(partial(steps[0].run, operations[0]), device=device, warmup=0)
-        steps[1].load(rows)
-        assert torch.equal(graph.outputs, steps[1].run(operations[1]))
-        for other in (rows[::-1], rows[:1], [Row(row.slot, row.position + 1, 7) for row in rows], ()):
+        for other in (rows, rows[::-1], rows[:1], [Row(row.slot, row.position + 1, 7) for row in rows], ()):
             for step in steps:
                 step.load(other)
             graph.replay()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,13 +20,18 @@ OPT = catalogue.get("static_decode_metadata")
 TINY = [name for name, case in OPT.cases.items() if case.tiny]
 
 
-def inputs_of(case: str, seed: int = 0) -> ListInputs:
-    found: ListInputs = OPT.make_inputs(OPT.case(case), "cpu", seed)
+def inputs_of(case: str, device: str = "cpu", seed: int = 0) -> ListInputs:
+    found: ListInputs = OPT.make_inputs(OPT.case(case), device, seed)
     return found
 
 
 def lists_of(inputs: ListInputs) -> DecodeLists:
-    return DecodeLists(inputs.rows, inputs.requests, inputs.geometry)
+    return DecodeLists(inputs.rows, inputs.requests, inputs.geometry, inputs.steps[0].positions.device)
+
+
+def launches(call: Callable[[], object], device: str) -> int:
+    """By the profiler where kernels are compiled."""
+    return count_launches(call, method="aten-dispatch+interpreter" if device == "cpu" else "cuda-profiler").total
 
 
 @pytest.mark.parametrize("case", TINY)
@@ -35,9 +41,9 @@ def test_the_baseline_passes_the_same_gate(case: str) -> None:
     assert verdict.passed, verdict.detail
 
 
-def test_any_step_may_be_the_one_that_is_captured() -> None:
+def test_any_step_may_be_the_one_that_is_captured(device: str) -> None:
     """In the chapter it is the first; here each of them, on the same lists."""
-    inputs = inputs_of("tiny")
+    inputs = inputs_of("tiny", device)
     for first in range(len(inputs.steps)):
         turned = ListInputs(inputs.geometry, inputs.steps[first:] + inputs.steps[:first], inputs.rows, inputs.requests)
         for step, seen in zip(turned.steps, replayed(turned, lambda: lists_of(inputs)), strict=True):
@@ -47,24 +53,23 @@ def test_any_step_may_be_the_one_that_is_captured() -> None:
                 assert not len(wrong), f"{name}: captured on {first}, differs first at {wrong[0].tolist()}"
 
 
-def test_a_refresh_is_four_launches_and_allocates_nothing() -> None:
-    inputs = inputs_of("tiny")
+def test_a_refresh_is_four_launches_and_allocates_nothing(device: str) -> None:
+    inputs = inputs_of("tiny", device)
     lists = lists_of(inputs)
     lists.load(inputs.steps[0])
-    counted = count_launches(lists.refresh, method="aten-dispatch+interpreter")
-    assert counted.total == sum(OPTIMIZED_LAUNCHES.values()), counted
+    assert launches(lists.refresh, device) == sum(OPTIMIZED_LAUNCHES.values())
     before = lists.addresses()
     assert count_allocations(lists.refresh).count == 0
     assert lists.addresses() == before
 
 
 @pytest.mark.parametrize("case", [name for name in TINY if OPT.cases[name].params["steps"][-1]])
-def test_launches_are_predicted_as_counted(case: str) -> None:
+def test_launches_are_predicted_as_counted(case: str, device: str) -> None:
     p = OPT.predict(OPT.case(case), "h200")
-    calls = OPT.timed(inputs_of(case))
-    counted = {name: count_launches(call, method="aten-dispatch+interpreter").total for name, call in calls.items()}
-    assert counted["baseline"] == p.baseline_launches
-    assert counted["optimized"] == p.optimized_launches
+    calls = OPT.timed(inputs_of(case, device))
+    assert launches(calls["optimized"], device) == p.optimized_launches
+    if device == "cpu":  # the baseline is predicted in operators, of which some are several kernels on a GPU
+        assert launches(calls["baseline"], device) == p.baseline_launches
 
 
 def test_packing_by_a_mask_is_what_a_capture_refuses() -> None:
@@ -74,8 +79,8 @@ def test_packing_by_a_mask_is_what_a_capture_refuses() -> None:
         EmulatedGraph(lambda: entries[entries >= 0])
 
 
-def test_a_refresh_runs_inside_a_capture() -> None:
-    inputs = inputs_of("tiny")
+def test_a_refresh_runs_inside_a_capture(device: str) -> None:
+    inputs = inputs_of("tiny", device)
     lists = lists_of(inputs)
     lists.load(inputs.steps[0])
     with emulated_capture():

@@ -50,8 +50,8 @@ def test_every_way_gives_the_same_sets_within_the_window(longest: int | None, de
         assert (out[row, length:] == -1).all(), f"row {row}"
 
 
-def test_under_capture_the_bound_of_the_batch_is_not_used() -> None:
-    inputs: ChoiceInputs = OPT.make_inputs(OPT.case("tiny-short-long"), "cpu", 0)
+def test_under_capture_the_bound_of_the_batch_is_not_used(device: str) -> None:
+    inputs: ChoiceInputs = OPT.make_inputs(OPT.case("tiny-short-long"), device, 0)
     step = inputs.steps[1]
     given = (step.q, step.weights, inputs.keys, inputs.table, inputs.requests, step.lengths)
     found = []

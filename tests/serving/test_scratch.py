@@ -204,6 +204,14 @@ def test_its_bytes_are_known_before_it_is_built(library: Library, device: str) -
     assert scratches.preallocate(both) == scratches.nbytes, "the second time builds nothing"
 
 
+def test_a_gpu_without_a_number_is_the_one_whose_tensors_come(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    for kept in (Scratch(library, shape(), "cuda"), Scratches(library, "cuda")):
+        assert kept.device == torch.device("cuda", 2)
+
+
 def test_a_preallocated_scratch_is_found_under_capture(library: Library) -> None:
     scratches = Scratches(library, "cpu")
     scratches.preallocate([shape()])
