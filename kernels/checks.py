@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["byte_range", "check_no_overlap", "check_tensor", "check_writable_rows", "numbered_device"]
+__all__ = [
+    "MAX_GRID_ROWS",
+    "byte_range",
+    "check_grid_rows",
+    "check_no_overlap",
+    "check_tensor",
+    "check_writable_rows",
+    "numbered_device",
+]
+
+MAX_GRID_ROWS = 65_535
+"""Programs along the second axis of a grid, CUDA's limit; launchers that put rows there take no more in one call."""
 
 
 def check_tensor(
@@ -46,6 +57,16 @@ def check_tensor(
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{name}: got strides {tensor.stride()}, expected a contiguous tensor")
     return tensor
+
+
+def check_grid_rows(name: str, rows: int) -> None:
+    """Refuse more rows than one launch has programs for; the driver would, without saying which argument it was.
+
+    Raises:
+        ValueError: more than `MAX_GRID_ROWS`.
+    """
+    if rows > MAX_GRID_ROWS:
+        raise ValueError(f"{name}: got {rows} rows, expected at most {MAX_GRID_ROWS} in one launch")
 
 
 def numbered_device(device: torch.device | str) -> torch.device:

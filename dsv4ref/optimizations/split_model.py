@@ -13,8 +13,8 @@ from typing import Any
 from dsv4ref.device import get_device
 from dsv4ref.evidence import records
 from dsv4ref.evidence.isa import CompileRequest
-from dsv4ref.evidence.records import PublishedFigure
-from dsv4ref.kernels.sparse_mla.launch import LaunchShape, select_launch
+from dsv4ref.evidence.records import PublishedFigure, Record
+from dsv4ref.kernels.sparse_mla.launch import STATIC, LaunchShape, select_launch
 from dsv4ref.kernels.sparse_mla.split_decode import REDUCE_CHUNK, REDUCE_WARPS
 from dsv4ref.kernels.sparse_mla.splits import (
     MAX_SPLITS,
@@ -38,6 +38,7 @@ __all__ = [
     "plan",
     "reduce_request",
     "residual_rows",
+    "residual_shapes",
     "single_pass",
     "table_and_splits",
 ]
@@ -45,6 +46,8 @@ __all__ = [
 _CHAPTER = "split_k_decode"
 _TESTS_OF_THE_MODEL = ("vllm#44899", "sglang#36094")
 _MODULE = "dsv4ref.kernels.sparse_mla.split_decode"
+_RECORDED_ON = "h200"
+_PEER = "peer: FlashMLA"
 _FINISH = {"positions": "*i64", "cos": "*fp32", "sin": "*fp32"}
 _STRIDES = dict.fromkeys(
     ["out_stride_t", "out_stride_h", "lse_stride_t", "lse_stride_h", "cos_stride", "sin_stride", "num_positions"], "i32"
@@ -212,17 +215,59 @@ def residual_rows() -> list[dict[str, Any]]:
     """Single passes of chapter 05 as recorded on an H200 beside the model's; no rows without records.
 
     Returns:
-        Rows ``{case, shape, measured us, model us, measured / model}``.
+        Rows ``{case, shape, measured us, model us, measured / model}``, with FlashMLA in the same runs and the model of
+        this chapter's plan: two times that no run of ours stands between.
     """
-    found = []
-    opened = decode_launch_shape.OPTIMIZATION
-    for record in records.latest(records.shipped()):
-        if (record.chapter, record.variant, record.device) != (opened.id, "optimized", "h200"):
+    passes, found = _single_passes(), []
+    for (case, variant), record in passes.items():
+        if variant != "optimized":
             continue
-        p = single_pass(opened.case(record.case).params, record.device)
-        line = {"case": record.case, "shape": str(p.launch), "measured, us": record.p50_us, "model, us": p.time_us}
-        found.append(line | {"measured / model": record.p50_us / p.time_us})
+        params = decode_launch_shape.OPTIMIZATION.case(case).params
+        p, peer = single_pass(params, record.device), passes.get((case, _PEER))
+        found.append(
+            {
+                "case": case,
+                "shape": str(p.launch),
+                "measured, us": record.p50_us,
+                "model, us": p.time_us,
+                "measured / model": record.p50_us / p.time_us,
+                "FlashMLA, us": peer.p50_us if peer is not None else None,
+                "plan, model us": plan(params, record.device).time_us,
+            }
+        )
     return found
+
+
+def residual_shapes() -> list[dict[str, Any]]:
+    """The same factor by launch shape, the static shape of chapter 05's baseline included: is it one factor?
+
+    Returns:
+        Rows ``{shape, cases, from, to}``: least and greatest measured / model of a shape.
+    """
+    factors: dict[str, list[float]] = {}
+    for (case, variant), record in _single_passes().items():
+        params = decode_launch_shape.OPTIMIZATION.case(case).params
+        if variant == "baseline":
+            p = plan(params, _RECORDED_ON, launch=STATIC, splits=1)
+        elif variant == "optimized":
+            p = single_pass(params, _RECORDED_ON)
+        else:
+            continue
+        factors.setdefault(str(p.launch), []).append(record.p50_us / p.time_us)
+    return [
+        {"shape": shape, "cases": len(seen), "measured / model, from": min(seen), "to": max(seen)}
+        for shape, seen in sorted(factors.items(), key=lambda item: min(item[1]))
+    ]
+
+
+def _single_passes() -> dict[tuple[str, str], Record]:
+    """Chapter 05's records on an H200, by case and variant."""
+    opened = decode_launch_shape.OPTIMIZATION.id
+    return {
+        (r.case, r.variant): r
+        for r in records.latest(records.shipped())
+        if (r.chapter, r.device) == (opened, _RECORDED_ON)
+    }
 
 
 def claimed_rows() -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The split decode's panel: waves of workgroups over time, for several split counts. A model; no kernels.
 
 One line per split count. A box is a wave, as wide as it takes and as high as the machine has places for workgroups; its
-filled part is what the workgroups take. Many full waves are one box. The hatched box is the reduce.
+filled part is what the workgroups take. Many full waves are one box. The last box, in vermillion, is the reduce.
 """
 
 from __future__ import annotations

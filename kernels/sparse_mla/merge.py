@@ -271,6 +271,7 @@ def _check_inputs(
     parts, num_rows, num_heads, _ = partials.shape
     if not 1 <= parts <= MAX_PARTS:
         raise ValueError(f"partials: got {parts} parts, expected 1 to {MAX_PARTS}")
+    checks.check_grid_rows("partials", num_rows)
     if num_heads < 1:
         raise ValueError(f"partials: got {num_heads} heads, expected at least 1")
     if partials.stride(3) != 1:

@@ -117,7 +117,8 @@ def _sparse_mla_prefill_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Head blocks of one row are neighbours in launch order, so that their re-reads of the row's keys meet in L2.
+    # Head blocks of one row are neighbours in launch order, so that their re-reads of the row's keys meet in a cache:
+    # L2 on sm_90, Infinity Cache on gfx942 and gfx950, which deal neighbours out to dies with an L2 each.
     heads = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     row = tl.program_id(1).to(tl.int64)
     live = heads < num_heads
@@ -286,6 +287,7 @@ def _check_inputs(
     """Check what the kernel reads, and return it by the name an error should give it."""
     checks.check_tensor("q", q, dtype=torch.bfloat16, shape=("T", "H", HEAD_DIM))
     num_rows, num_heads, _ = q.shape
+    checks.check_grid_rows("q", num_rows)
     if num_heads < 1:
         raise ValueError(f"q: got {num_heads} heads, expected at least 1")
     checks.check_tensor("kv", kv, dtype=torch.bfloat16, shape=("N", HEAD_DIM), device=q.device)

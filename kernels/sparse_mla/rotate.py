@@ -1,8 +1,8 @@
 """Inverse RoPE of attention outputs in one launch, in place: for producers that cannot rotate what they write.
 
-An output row carries rotated dims because keys are values too. `merge_scopes`, `split_decode` and `sparse_mla_prefill`
-turn them back in fp32 before they round; this kernel does it afterwards, on the rounded numbers, and touches nothing
-but the last 64 dims of each head: 256 bytes of traffic where a copy of the whole head takes 2,048::
+An output row carries rotated dims because keys are values too. `merge_scopes`, `split_k_decode` and
+`sparse_mla_prefill` turn them back in fp32 before they round; this kernel does it afterwards, on the rounded numbers,
+and touches nothing but the last 64 dims of each head: 256 bytes of traffic where a copy of the whole head takes 2,048::
 
     a' = a cos + b sin,   b' = b cos - a sin        on interleaved pairs (a, b) = (x[448 + 2i], x[449 + 2i])
 
@@ -100,6 +100,7 @@ def rotate_rows(x: Tensor, rotation: QueryRotation, *, first: Tensor | None = No
     if not isinstance(rotation, QueryRotation):
         raise TypeError(f"rotation: got {type(rotation).__name__}, expected a QueryRotation")
     num_rows, num_heads, _ = x.shape
+    checks.check_grid_rows("x", num_rows)
     if rotation.positions.shape[0] != num_rows or rotation.positions.device != x.device:
         raise ValueError(
             f"rotation: got {rotation.positions.shape[0]} positions on {rotation.positions.device}, "

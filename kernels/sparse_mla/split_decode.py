@@ -32,13 +32,12 @@ from dsv4ref import diagnostics
 from dsv4ref.formats.kv_cache import HEAD_DIM
 from dsv4ref.formats.scope import Scope
 from dsv4ref.kernels import checks
-from dsv4ref.kernels.codes import architecture, decode_mode
+from dsv4ref.kernels.codes import _decode_codes, _decode_scales, architecture, decode_mode
 from dsv4ref.kernels.sparse_mla.decode import (
     _LOWEST,
     _check_output,
     _check_query,
     _input_memory,
-    _load_keys,
     _scope_arguments,
 )
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape
@@ -55,8 +54,41 @@ _LOG2_E_FLOAT = math.log2(math.e)
 
 # As the kernels see them; equal to those of formats.kv_cache (a test holds that).
 _DIM = tl.constexpr(512)
+_NOPE = tl.constexpr(448)
+_ROPE = tl.constexpr(64)
+_SCALE_BLOCK = tl.constexpr(64)
+_SCALE_SLOTS = tl.constexpr(8)
+_ROW_BYTES = tl.constexpr(576)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _load_keys(cache, block_stride, slots, valid, BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Dequantised keys bf16 [BLOCK_K, 512]; rows of invalid slots are zero, so QK and PV never see their bytes.
+
+    The bytes are those that `sparse_mla_decode` makes. It loads the rope dims as 512 columns of which 448 are masked;
+    here they are 64, repeated in registers, which leaves fewer loads and addresses to keep.
+    """
+    # int64 before the product: block * stride passes 2^31 in caches of a few GB (H26).
+    block = (slots // BLOCK_SIZE).to(tl.int64)
+    position = slots % BLOCK_SIZE
+    rows = block * block_stride + position * _ROW_BYTES  # [BLOCK_K]
+    scales = block * block_stride + BLOCK_SIZE * _ROW_BYTES + position * _SCALE_SLOTS  # [BLOCK_K]
+
+    is_nope = (tl.arange(0, _DIM) < _NOPE)[None, :]
+    codes = tl.load(cache + rows[:, None] + tl.arange(0, _DIM)[None, :], mask=valid[:, None] & is_nope, other=0)
+    groups = tl.arange(0, _SCALE_SLOTS)[None, :]
+    scaled = valid[:, None] & (groups < _SCALE_SLOTS - 1)
+    factors = _decode_scales(tl.load(cache + scales[:, None] + groups, mask=scaled, other=127))  # [BLOCK_K, 8]
+    factors = tl.broadcast_to(factors[:, :, None], (BLOCK_K, _SCALE_SLOTS, _SCALE_BLOCK))
+    factors = tl.reshape(factors, (BLOCK_K, _DIM)).to(tl.float32)
+    nope = (_decode_codes(codes, MODE).to(tl.float32) * factors).to(tl.bfloat16)  # exact: 4 significant bits times 2^e
+
+    rope_row = (cache + rows + _NOPE).to(tl.pointer_type(tl.bfloat16))
+    rope = tl.load(rope_row[:, None] + tl.arange(0, _ROPE)[None, :], mask=valid[:, None], other=0.0)  # [BLOCK_K, 64]
+    rope = tl.broadcast_to(rope[:, None, :], (BLOCK_K, _DIM // _ROPE, _ROPE))
+    return tl.where(is_nope, nope, tl.reshape(rope, (BLOCK_K, _DIM)))
 
 
 @triton.jit
@@ -163,7 +195,8 @@ def _split_k_decode_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Head blocks of one row and split are neighbours in launch order: their re-reads of the same keys meet in L2.
+    # Head blocks of one row and split are neighbours in launch order, so that their re-reads of the same keys meet in a
+    # cache: L2 on sm_90, Infinity Cache on gfx942 and gfx950, which deal neighbours out to dies with an L2 each.
     heads = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -393,6 +426,7 @@ def split_k_decode(
             overlaps what is written or read.
     """
     num_rows, num_heads = _check_query(q, swa, extra, sink, scale)
+    checks.check_grid_rows("q", num_rows)
     inputs = _input_memory(q, swa, extra, sink) | _rotation_memory(rotation, num_rows, q.device)
     if launch is not None and not isinstance(launch, LaunchShape):
         raise TypeError(f"launch: got {type(launch).__name__}, expected a LaunchShape")

@@ -7,7 +7,7 @@ time of a plan is modelled with round constants::
     workgroups = rows * head blocks * splits
     waves      = ceil(workgroups / (compute units * resident))
     iterations = waves * tiles per split
-    time       = iterations * step + (splits > 1) * (reduce + staged bytes / bandwidth)
+    time       = iterations * step + (splits > 1) * (reduce + 2 * staged bytes / bandwidth)
     step       = 2 memory trips + workgroups on one compute unit * BLOCK_K * cost per key
 
 and the plan is the pair of launch shape and split count with the least time. A wave costs the same however few of its
@@ -20,7 +20,8 @@ Everything here is integers the host knows without asking the device: padded wid
 the same in every replay of a captured graph.
 
 Source of the idea: vllm#46275 (split decode on gfx942), vllm#57880 (fewest iterations within a wave count, no reduce
-at one split), sglang#36094 (staging is not free).
+at one split; it never takes another wave for fewer iterations, and a plan here may), sglang#36094 (staging is not
+free).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dsv4ref.kernels.sparse_mla import LaunchShape
-from dsv4ref.kernels.sparse_mla.splits import SplitPlan, staged_bytes
+from dsv4ref.kernels.sparse_mla.splits import SplitPlan, reduce_us, staged_bytes, step_us
 from dsv4ref.optimizations import catalogue, split_model
 from dsv4ref.optimizations.split_k_decode import parts_of
 
@@ -47,6 +47,12 @@ def test_from_153_rows_on_nothing_is_split_on_mi300x() -> None:
     beyond = plan(153, launch=wide, splits=2)
     assert (beyond.waves, beyond.iterations) == (2, 40)
     assert plan(153, launch=wide, splits=1).iterations == 40
+    more = plan(153, launch=wide, splits=3)
+    assert (more.waves, more.iterations) == (2, 28)
+    machine, single = split_model.machine_for("mi300x"), plan(153, launch=wide, splits=1)
+    assert round(12 * step_us(machine, wide), 1) == 27.8
+    assert round(reduce_us(machine, 153, 64, 3), 1) == 26.1
+    assert single.time_us / more.time_us < 1.02
     three = [plan(rows, launch=wide, splits=3) for rows in (101, 102)]
     assert [p.waves for p in three] == [1, 2]
     assert three[0].tiles_per_split == 14

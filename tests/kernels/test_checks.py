@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4ref.kernels import checks
-from dsv4ref.kernels.checks import byte_range, check_no_overlap, check_tensor, check_writable_rows, numbered_device
+from dsv4ref.kernels.checks import (
+    MAX_GRID_ROWS,
+    byte_range,
+    check_grid_rows,
+    check_no_overlap,
+    check_tensor,
+    check_writable_rows,
+    numbered_device,
+)
+from dsv4ref.kernels.sparse_mla import QueryRotation, merge_scopes, rotate_rows, sparse_mla_prefill
 
 CPU = torch.device("cpu")
 
@@ -139,3 +148,18 @@ def test_addresses_of_two_devices_are_not_compared(monkeypatch: pytest.MonkeyPat
     check_no_overlap("out", MEMORY, "q", torch.empty(1, device="meta"))
     with pytest.raises(ValueError, match="overlaps q's by 100 bytes"):
         check_no_overlap("out", MEMORY[:1], "q", MEMORY[1:])
+
+
+def test_launchers_that_put_rows_on_a_grids_second_axis_refuse_more_than_it_has() -> None:
+    """One more row than CUDA's limit, of one and the same memory: refused by name, before any other argument counts."""
+    check_grid_rows("q", MAX_GRID_ROWS)
+    rows = MAX_GRID_ROWS + 1
+    q = torch.zeros((1, 1, 512), dtype=torch.bfloat16).expand(rows, 1, 512)
+    one = torch.zeros((1, 512), dtype=torch.bfloat16)
+    rotation = QueryRotation.of(torch.zeros(1, dtype=torch.int64), torch.ones(32), 1)
+    with pytest.raises(ValueError, match="q: got 65536 rows, expected at most 65535 in one launch"):
+        sparse_mla_prefill(q, one, torch.zeros((1, 1), dtype=torch.int32))
+    with pytest.raises(ValueError, match="partials: got 65536 rows"):
+        merge_scopes(q[None], torch.zeros((1, 1, 1)))
+    with pytest.raises(ValueError, match="x: got 65536 rows"):
+        rotate_rows(torch.empty((rows, 1, 512), dtype=torch.bfloat16), rotation)

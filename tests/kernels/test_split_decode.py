@@ -342,6 +342,10 @@ def test_wrong_arguments_are_refused_before_the_first_launch(build: Builder, dev
     refused(call, "rotation: got tuple, expected a QueryRotation", TypeError, rotation=())
     rotation = QueryRotation.of(torch.zeros(3, dtype=torch.int64, device=device), torch.ones(32, device=device), 4)
     refused(call, "rotation: got 3 positions", rotation=rotation)
+    rows = torch.zeros(65_537, dtype=torch.int32, device=device)
+    many = replace(call, q=call.q[:1].expand(65_536, 4, 512), swa=replace(call.swa, indptr=rows), extra=None)
+    with pytest.raises(ValueError, match="q: got 65536 rows, expected at most 65535"):
+        split_k_decode(many.q, many.swa, splits=1)
 
 
 def test_a_scratch_that_does_not_fit_is_refused(build: Builder, device: str) -> None:
@@ -365,6 +369,14 @@ def test_a_scratch_that_does_not_fit_is_refused(build: Builder, device: str) -> 
 
 
 def test_the_kernels_constants_are_the_formats() -> None:
-    assert split_decode._DIM.value == kv_cache.HEAD_DIM
+    names = {
+        "_DIM": kv_cache.HEAD_DIM,
+        "_NOPE": kv_cache.NOPE_DIM,
+        "_ROPE": kv_cache.ROPE_DIM,
+        "_SCALE_BLOCK": kv_cache.SCALE_BLOCK,
+        "_SCALE_SLOTS": kv_cache.SCALE_SLOTS,
+        "_ROW_BYTES": kv_cache.ROW_BYTES,
+    }
+    assert {name: getattr(split_decode, name).value for name in names} == names
     assert split_decode._LOG2_E.value == pytest.approx(math.log2(math.e), abs=1e-16)
     assert split_decode._LN_2.value == pytest.approx(math.log(2), abs=1e-16)

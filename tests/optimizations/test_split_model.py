@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from dsv4ref.evidence import records
 from dsv4ref.kernels.sparse_mla.splits import reduce_us
-from dsv4ref.optimizations import catalogue, split_model
+from dsv4ref.optimizations import catalogue, split_k_decode, split_model
 
 OPT = catalogue.get("split_k_decode")
 MEASURED = [name for name, case in OPT.cases.items() if case.measured]
@@ -69,6 +71,31 @@ def test_the_model_is_too_fast_on_the_machine_it_could_be_checked_on() -> None:
     rows = split_model.residual_rows()
     assert len(rows) == 12
     assert all(1 < row["measured / model"] < 5 for row in rows), rows
+    assert all(row["FlashMLA, us"] < row["measured, us"] for row in rows), rows
+
+
+def test_the_factor_is_not_one_for_all_shapes() -> None:
+    """What the chapter says of close choices between shapes: ranges of some shapes do not even touch."""
+    rows = split_model.residual_shapes()
+    assert sum(row["cases"] for row in rows) == 24
+    assert rows[0]["shape"] == "16x16 w4 s1"
+    assert all(rows[0]["to"] < row["measured / model, from"] for row in rows[1:]), rows
+    assert rows[-1]["to"] / rows[0]["measured / model, from"] > 1.1 * 1.1, rows
+
+
+def test_the_variant_with_twice_the_splits_keeps_the_planned_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On MI300X the plan at twice the splits would take another shape, and two things would change at once."""
+    params = OPT.cases["flash-8"].params
+    planned = split_model.plan(params, "mi300x")
+    assert split_model.plan(params, "mi300x", splits=2 * planned.splits).launch != planned.launch
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(split_k_decode, "split_k_decode", lambda *args, **options: asked.append(options))
+    inputs = OPT.make_inputs(OPT.case("tiny-planned"), "cpu", 0)
+    found = OPT.timed(inputs)
+    found["twice the splits"]()
+    step = inputs.step
+    plan = split_k_decode.plan_for(step.q, step.swa, step.extra)
+    assert (asked[0]["launch"], asked[0]["splits"]) == (plan.launch, 2 * plan.splits)
 
 
 def test_published_times_are_all_compared() -> None:
