@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -71,9 +72,9 @@ def test_what_is_timed_is_captured_on_the_stream_that_warmed_it_up() -> None:
             call()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=side):
-        kept = {name: call() for name, call in calls.items()}
+        kept: dict[str, Any] = {name: call() for name, call in calls.items()}
     graph.replay()
-    lists = calls["baseline"]()
+    lists: Any = calls["baseline"]()
     assert torch.equal(kept["baseline"]["kv_indices"], lists["kv_indices"])
 
 
