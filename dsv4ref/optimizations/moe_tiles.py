@@ -45,7 +45,7 @@ from dsv4ref.kernels.experts.tiles import (
 )
 from dsv4ref.optimizations import decode_model, direct_w2_inputs, tile_model
 from dsv4ref.optimizations.base import Case, Hazard, Optimization, Prediction
-from dsv4ref.optimizations.direct_w2_inputs import LayerInputs
+from dsv4ref.optimizations.direct_w2_inputs import CHECKED_ROWS, LayerInputs, in_row_units
 from dsv4ref.optimizations.routing_eager import loads
 
 __all__ = ["M_SWEEP", "OPTIMIZATION", "best_rows", "compile_request", "tiles_for"]
@@ -96,12 +96,6 @@ def _build(case: Case, device: str, seed: int) -> LayerInputs:
     return replace(inputs, experts=chosen.to(device, torch.int32).contiguous())
 
 
-def _in_row_units(inputs: LayerInputs, out: Tensor) -> Tensor:
-    """Rows over the root mean square of the row that float64 gives: rounding errors are relative to that."""
-    size = direct_w2_inputs.reference(inputs).square().mean(dim=1, keepdim=True).sqrt()
-    return out.to(torch.float64) / torch.where(size > 0, size, 1.0)
-
-
 def _fixed(inputs: LayerInputs, tile: ExpertTile) -> Tiles:
     return tile.fitted(inputs.w1.n, inputs.w1.k), tile.fitted(inputs.w2.n, inputs.w2.k)
 
@@ -116,7 +110,7 @@ def _run(inputs: LayerInputs, tiles: Tiles, plan: DispatchPlan | None = None) ->
     out = expert_layer(
         inputs.x, inputs.w1, inputs.w2, inputs.weights, plan, limit=inputs.limit, w1_tile=w1_tile, w2_tile=w2_tile
     )
-    return {"out": _in_row_units(inputs, out), "tile": _numbers(tiles)}
+    return {"out": in_row_units(inputs, out), "tile": _numbers(tiles)}
 
 
 def _numbers(tiles: Tiles) -> Tensor:
@@ -138,12 +132,11 @@ def _reference(inputs: LayerInputs) -> Outputs:
     average = Fraction(inputs.experts.numel(), inputs.placed.num_experts)
     lines = sorted(rules_for(architecture(inputs.x.device)), key=lambda rule: rule.above)
     line = next(rule for rule in lines if rule.upto is None or average <= rule.upto)
-    out = _in_row_units(inputs, direct_w2_inputs.reference(inputs))
-    return {"out": out, "tile": _numbers(_fixed(inputs, line.tile))}
+    return {"out": inputs.exact / inputs.row_size, "tile": _numbers(_fixed(inputs, line.tile))}
 
 
 def _plain(inputs: LayerInputs) -> Outputs:
-    return {"out": _in_row_units(inputs, direct_w2_inputs.plain(inputs))}
+    return {"out": direct_w2_inputs.plain(inputs).to(torch.float64) / inputs.row_size}
 
 
 def _timed(inputs: LayerInputs) -> Mapping[str, Callable[[], object]]:
@@ -369,7 +362,7 @@ def _padded_scales(inputs: LayerInputs) -> Outputs:
     narrow = inputs.w2
     w2 = Mxfp4Weights(pad(narrow.packed, (0, 0, 0, more)), pad(narrow.scales, (0, 0, 0, more), value=127))
     out = expert_layer(wide, w1, w2, inputs.weights, plan, limit=inputs.limit, w1_tile=tiles[0], w2_tile=tiles[1])
-    return {"out": _in_row_units(inputs, out[:, : inputs.x.shape[1]]), "tile": _numbers(tiles)}
+    return {"out": in_row_units(inputs, out[:, : inputs.x.shape[1]]), "tile": _numbers(tiles)}
 
 
 # --- cases ---
@@ -386,6 +379,9 @@ def _flash(rows: int, ranks: int, **flags: Any) -> Case:
     name = f"ep{ranks}-{rows}" if ranks > 1 else f"all-{rows}"
     experts = V4_FLASH.router.n_experts
     about = f"V4-Flash, {experts // ranks} of {experts} experts on the rank"
+    if rows > CHECKED_ROWS:
+        flags["checked"] = CHECKED_ROWS
+        about += f"; float64 checks {CHECKED_ROWS} rows"
     return _case(name, rows, experts, ranks=ranks, needs_gpu=True, about=about, **_FLASH, **flags)
 
 
