@@ -14,6 +14,7 @@ Source: doubleword's vLLM fork, PR 12, commits 330979094 and d9d24cade.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -30,6 +31,7 @@ from dsv4ref.evidence.isa import CompileRequest
 from dsv4ref.evidence.records import Record
 from dsv4ref.evidence.roofline import Bound
 from dsv4ref.formats import mxfp4
+from dsv4ref.kernels import peers
 from dsv4ref.kernels.codes import architecture
 from dsv4ref.kernels.experts import DispatchPlan, Mxfp4Weights, expert_layer, plan_dispatch
 from dsv4ref.kernels.experts.expert_layer import allocate_scratch
@@ -46,6 +48,7 @@ from dsv4ref.kernels.experts.tiles import (
 from dsv4ref.optimizations import decode_model, direct_w2_inputs, tile_model
 from dsv4ref.optimizations.base import Case, Hazard, Optimization, Prediction
 from dsv4ref.optimizations.direct_w2_inputs import CHECKED_ROWS, LayerInputs, in_row_units
+from dsv4ref.optimizations.report import PEER_PREFIX
 from dsv4ref.optimizations.routing_eager import loads
 
 __all__ = ["M_SWEEP", "OPTIMIZATION", "best_rows", "compile_request", "tiles_for"]
@@ -140,12 +143,12 @@ def _plain(inputs: LayerInputs) -> Outputs:
 
 
 def _timed(inputs: LayerInputs) -> Mapping[str, Callable[[], object]]:
-    """Baseline, selection, and every tile the table can choose, on plans and scratch that stay."""
+    """Baseline, selection, and every tile the table can choose, on plans and scratch that stay; then the peer."""
     arch, (rows, top_k) = architecture(inputs.x.device), inputs.experts.shape
     scratch = allocate_scratch(rows, top_k, inputs.w2.k, inputs.w2.n, device=inputs.x.device)
     out, plans = torch.empty_like(inputs.x), dict[int, DispatchPlan]()
 
-    def variant(tiles: Tiles) -> Callable[[], object]:
+    def variant(tiles: Tiles) -> Callable[[], Tensor]:
         block_m = tiles[0].block_m
         plan = plans.setdefault(block_m, _plan(inputs, block_m))
         return lambda: expert_layer(
@@ -154,11 +157,25 @@ def _timed(inputs: LayerInputs) -> Mapping[str, Callable[[], object]]:
         )  # fmt: skip
 
     every = {f"{_TILE}{tile}": variant(_fixed(inputs, tile)) for tile in tile_model.candidates(arch)}
-    return {
+    variants = {
         "baseline": variant(_fixed(inputs, default_tile(arch))),
         "optimized": variant(tiles_for(inputs)),
         **every,
     }
+    peer = _peer(inputs, variants["optimized"])
+    return variants if peer is None else {**variants, f"{PEER_PREFIX}{peers.TRITON_KERNELS}": peer}
+
+
+def _peer(inputs: LayerInputs, ours: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
+    """triton_kernels on the same inputs; None where it is missing, or where it fails, which a warning tells."""
+    plan = _plan(inputs, tiles_for(inputs)[0].block_m)
+    try:
+        return peers.triton_kernels_layer(
+            inputs.x, inputs.w1, inputs.w2, inputs.weights, plan, limit=inputs.limit, ours=ours
+        )
+    except Exception as error:  # someone else's package, of any version: our own times do not depend on it
+        warnings.warn(f"{peers.TRITON_KERNELS} is left out: {type(error).__name__}: {error}", stacklevel=2)
+        return None
 
 
 # --- prediction ---
