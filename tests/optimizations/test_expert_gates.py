@@ -104,3 +104,19 @@ def test_a_peer_is_timed_as_one(device: str, monkeypatch: pytest.MonkeyPatch) ->
     inputs = CHAPTERS[1].make_inputs(CHAPTERS[1].case("tiny-few"), device, 0)
     timed = moe_tiles._timed(inputs)
     assert list(timed)[-1] == "peer: triton_kernels, our activation"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not peers.triton_kernels_note(), reason="needs triton_kernels")
+def test_the_peer_agrees_with_the_layer_and_repeats(device: str) -> None:
+    chapter = CHAPTERS[1]
+    shape = {"rows": 40, "hidden": 256, "inner": 128}  # the narrowest that its tiles divide
+    inputs = chapter.make_inputs(Case("peer", {**chapter.case("tiny").params, **shape}), device, 0)
+    timed = moe_tiles._timed(inputs)
+    peer = timed[f"peer: {peers.TRITON_KERNELS}"]
+    first, second = peer(), peer()
+    assert isinstance(first, torch.Tensor)
+    assert isinstance(second, torch.Tensor)
+    ours = moe_tiles._run(inputs, moe_tiles.tiles_for(inputs))["out"]
+    theirs = direct_w2_inputs.in_row_units(inputs, first)
+    torch.testing.assert_close(theirs, ours, rtol=2**-4, atol=2**-4)
+    assert torch.equal(first, second)
