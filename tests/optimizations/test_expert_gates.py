@@ -10,6 +10,7 @@ import torch
 from dsv4ref.kernels import peers
 from dsv4ref.optimizations import catalogue, direct_w2_inputs, direct_w2_reduce, moe_tiles
 from dsv4ref.optimizations.base import Case, Optimization, verify
+from dsv4ref.optimizations.direct_w2_inputs import LayerInputs
 
 CHAPTERS = [catalogue.get("direct_w2_reduce"), catalogue.get("moe_tiles")]
 ids = [chapter.id for chapter in CHAPTERS]
@@ -47,8 +48,14 @@ def test_every_row_is_checked_where_there_are_few() -> None:
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=ids)
 def test_a_gate_works_the_oracle_out_once(chapter: Optimization, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, real = [], direct_w2_inputs.reference
-    monkeypatch.setattr(direct_w2_inputs, "reference", lambda inputs: calls.append(1) or real(inputs))
+    calls: list[LayerInputs] = []
+    real = direct_w2_inputs.reference
+
+    def counted(inputs: LayerInputs) -> torch.Tensor:
+        calls.append(inputs)
+        return real(inputs)
+
+    monkeypatch.setattr(direct_w2_inputs, "reference", counted)
     case = sampled(chapter)
     verdict = verify(replace(chapter, cases={**chapter.cases, case.name: case}), case.name, device=device, seed=0)
     assert verdict.passed, verdict.detail
