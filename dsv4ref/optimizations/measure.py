@@ -115,7 +115,7 @@ def measure_case(opt: Optimization, case: Case, *, seed: int, run: str) -> tuple
                 gate="passed",
                 seed=seed,
                 sources=records.hash_sources(opt.measured_modules),
-                peers=peers.flashmla_note() if name.startswith(PEER_PREFIX) else None,
+                peers=peers.note(name.removeprefix(PEER_PREFIX)) if name.startswith(PEER_PREFIX) else None,
                 run=run,
                 **where,
             )

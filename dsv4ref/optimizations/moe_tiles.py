@@ -14,6 +14,7 @@ Source: doubleword's vLLM fork, PR 12, commits 330979094 and d9d24cade.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -30,6 +31,7 @@ from dsv4ref.evidence.isa import CompileRequest
 from dsv4ref.evidence.records import Record
 from dsv4ref.evidence.roofline import Bound
 from dsv4ref.formats import mxfp4
+from dsv4ref.kernels import peers
 from dsv4ref.kernels.codes import architecture
 from dsv4ref.kernels.experts import DispatchPlan, Mxfp4Weights, expert_layer, plan_dispatch
 from dsv4ref.kernels.experts.expert_layer import allocate_scratch
@@ -45,7 +47,8 @@ from dsv4ref.kernels.experts.tiles import (
 )
 from dsv4ref.optimizations import decode_model, direct_w2_inputs, tile_model
 from dsv4ref.optimizations.base import Case, Hazard, Optimization, Prediction
-from dsv4ref.optimizations.direct_w2_inputs import LayerInputs
+from dsv4ref.optimizations.direct_w2_inputs import CHECKED_ROWS, LayerInputs, in_row_units
+from dsv4ref.optimizations.report import PEER_PREFIX
 from dsv4ref.optimizations.routing_eager import loads
 
 __all__ = ["M_SWEEP", "OPTIMIZATION", "best_rows", "compile_request", "tiles_for"]
@@ -96,12 +99,6 @@ def _build(case: Case, device: str, seed: int) -> LayerInputs:
     return replace(inputs, experts=chosen.to(device, torch.int32).contiguous())
 
 
-def _in_row_units(inputs: LayerInputs, out: Tensor) -> Tensor:
-    """Rows over the root mean square of the row that float64 gives: rounding errors are relative to that."""
-    size = direct_w2_inputs.reference(inputs).square().mean(dim=1, keepdim=True).sqrt()
-    return out.to(torch.float64) / torch.where(size > 0, size, 1.0)
-
-
 def _fixed(inputs: LayerInputs, tile: ExpertTile) -> Tiles:
     return tile.fitted(inputs.w1.n, inputs.w1.k), tile.fitted(inputs.w2.n, inputs.w2.k)
 
@@ -116,7 +113,7 @@ def _run(inputs: LayerInputs, tiles: Tiles, plan: DispatchPlan | None = None) ->
     out = expert_layer(
         inputs.x, inputs.w1, inputs.w2, inputs.weights, plan, limit=inputs.limit, w1_tile=w1_tile, w2_tile=w2_tile
     )
-    return {"out": _in_row_units(inputs, out), "tile": _numbers(tiles)}
+    return {"out": in_row_units(inputs, out), "tile": _numbers(tiles)}
 
 
 def _numbers(tiles: Tiles) -> Tensor:
@@ -138,21 +135,20 @@ def _reference(inputs: LayerInputs) -> Outputs:
     average = Fraction(inputs.experts.numel(), inputs.placed.num_experts)
     lines = sorted(rules_for(architecture(inputs.x.device)), key=lambda rule: rule.above)
     line = next(rule for rule in lines if rule.upto is None or average <= rule.upto)
-    out = _in_row_units(inputs, direct_w2_inputs.reference(inputs))
-    return {"out": out, "tile": _numbers(_fixed(inputs, line.tile))}
+    return {"out": inputs.exact / inputs.row_size, "tile": _numbers(_fixed(inputs, line.tile))}
 
 
 def _plain(inputs: LayerInputs) -> Outputs:
-    return {"out": _in_row_units(inputs, direct_w2_inputs.plain(inputs))}
+    return {"out": direct_w2_inputs.plain(inputs).to(torch.float64) / inputs.row_size}
 
 
 def _timed(inputs: LayerInputs) -> Mapping[str, Callable[[], object]]:
-    """Baseline, selection, and every tile the table can choose, on plans and scratch that stay."""
+    """Baseline, selection, and every tile the table can choose, on plans and scratch that stay; then the peer."""
     arch, (rows, top_k) = architecture(inputs.x.device), inputs.experts.shape
     scratch = allocate_scratch(rows, top_k, inputs.w2.k, inputs.w2.n, device=inputs.x.device)
     out, plans = torch.empty_like(inputs.x), dict[int, DispatchPlan]()
 
-    def variant(tiles: Tiles) -> Callable[[], object]:
+    def variant(tiles: Tiles) -> Callable[[], Tensor]:
         block_m = tiles[0].block_m
         plan = plans.setdefault(block_m, _plan(inputs, block_m))
         return lambda: expert_layer(
@@ -161,11 +157,25 @@ def _timed(inputs: LayerInputs) -> Mapping[str, Callable[[], object]]:
         )  # fmt: skip
 
     every = {f"{_TILE}{tile}": variant(_fixed(inputs, tile)) for tile in tile_model.candidates(arch)}
-    return {
+    variants = {
         "baseline": variant(_fixed(inputs, default_tile(arch))),
         "optimized": variant(tiles_for(inputs)),
         **every,
     }
+    peer = _peer(inputs, variants["optimized"])
+    return variants if peer is None else {**variants, f"{PEER_PREFIX}{peers.TRITON_KERNELS}": peer}
+
+
+def _peer(inputs: LayerInputs, ours: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
+    """triton_kernels on the same inputs; None where it is missing, or where it fails, which a warning tells."""
+    plan = _plan(inputs, tiles_for(inputs)[0].block_m)
+    try:
+        return peers.triton_kernels_layer(
+            inputs.x, inputs.w1, inputs.w2, inputs.weights, plan, limit=inputs.limit, ours=ours
+        )
+    except Exception as error:  # someone else's package, of any version: our own times do not depend on it
+        warnings.warn(f"{peers.TRITON_KERNELS} is left out: {type(error).__name__}: {error}", stacklevel=2)
+        return None
 
 
 # --- prediction ---
@@ -369,7 +379,7 @@ def _padded_scales(inputs: LayerInputs) -> Outputs:
     narrow = inputs.w2
     w2 = Mxfp4Weights(pad(narrow.packed, (0, 0, 0, more)), pad(narrow.scales, (0, 0, 0, more), value=127))
     out = expert_layer(wide, w1, w2, inputs.weights, plan, limit=inputs.limit, w1_tile=tiles[0], w2_tile=tiles[1])
-    return {"out": _in_row_units(inputs, out[:, : inputs.x.shape[1]]), "tile": _numbers(tiles)}
+    return {"out": in_row_units(inputs, out[:, : inputs.x.shape[1]]), "tile": _numbers(tiles)}
 
 
 # --- cases ---
@@ -386,6 +396,9 @@ def _flash(rows: int, ranks: int, **flags: Any) -> Case:
     name = f"ep{ranks}-{rows}" if ranks > 1 else f"all-{rows}"
     experts = V4_FLASH.router.n_experts
     about = f"V4-Flash, {experts // ranks} of {experts} experts on the rank"
+    if rows > CHECKED_ROWS:
+        flags["checked"] = CHECKED_ROWS
+        about += f"; float64 checks {CHECKED_ROWS} rows"
     return _case(name, rows, experts, ranks=ranks, needs_gpu=True, about=about, **_FLASH, **flags)
 
 
