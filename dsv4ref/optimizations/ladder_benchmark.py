@@ -309,7 +309,13 @@ def _header(preset: Preset, plan: Plan, seed: int, device: str) -> dict[str, Any
         "benchmark": preset.settings(),
         "sets": [plan.name(on) for on in plan.sets],
         "seed": seed,
-        "machine": {"runs_on": device, "device": machine.name, "driver": machine.driver, "torch": machine.torch, "triton": machine.triton},
+        "machine": {
+            "runs_on": device,
+            "device": machine.name,
+            "driver": machine.driver,
+            "torch": machine.torch,
+            "triton": machine.triton,
+        },
         "mode": kernels.mode(),
         "sources": records.hash_sources(MEASURED_MODULES),
     }

@@ -120,8 +120,8 @@ _TINY = _slice(
 # The chunk: a slot's window ring holds a whole one, and the steps that the prompts take are lost to the first requests.
 # Of 1024 prompts of 512, 2048 leaves every request 256 decode steps with all others in flight.
 #
-# The gate's requests fill the window and close an entry of either kind. Timed contexts stay below 4 * topk tokens, so no
-# preset at Flash widths has a row from which the indexer has to choose.
+# The gate's requests fill the window and close an entry of either kind. Timed contexts stay below 4 * topk tokens, so
+# no preset at Flash widths has a row from which the indexer has to choose.
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         preset.name: preset
@@ -222,7 +222,7 @@ class Generated:
     logits: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
-def _engine(model: Model, switches: Iterable[str], device: torch.device | str, **sizes: int) -> DecodeEngine:
+def _engine(model: Model, switches: Iterable[str], device: torch.device | str, **sizes: Any) -> DecodeEngine:
     return DecodeEngine(model, features_of(switches), device=device, **sizes)
 
 
