@@ -266,9 +266,8 @@ def run_ladder(
         looked, traces = _look_inside(reported, out, rows["order"], rehearsal=preset.rehearsal)
     shares = _contributions(journal, plan) if len(green) == len(plan.sets) else None
     lines: tuple[Record, ...] = ()
-    # A record's "optimized" is everything on, and its rungs stand in the source's order.
-    whole = plan.order == attribution.source_order(attribution.names_of(available(model)))
-    if device == "cuda" and not preset.rehearsal and looked and whole and len(green) == len(plan.sets):
+    recorded = device == "cuda" and not preset.rehearsal and _is_whole(plan, model)
+    if recorded and looked and len(green) == len(plan.sets):
         lines = _records(preset, plan, journal, looked, seed)
         key = machines.current().key
         target = out / "records" / key / f"{CHAPTER}.jsonl"
@@ -277,6 +276,11 @@ def run_ladder(
     report = Report(preset, rows, shares, looked, traces, gates, lines)
     (out / "report.json").write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
     return report
+
+
+def _is_whole(plan: Plan, model: Model) -> bool:
+    """Every switch in the source's order: a record's "optimized" is everything on, and says nothing of an order."""
+    return plan.order == attribution.source_order(attribution.names_of(available(model)))
 
 
 def _give_memory_back() -> None:

@@ -276,6 +276,12 @@ def test_a_journal_of_another_device_is_another_run(model: Model) -> None:
     assert benchmark._header(SHORT, plan, 0, "cpu") != benchmark._header(SHORT, plan, 0, "cuda")
 
 
+def test_only_every_switch_in_the_sources_order_makes_a_record(model: Model) -> None:
+    assert benchmark._is_whole(benchmark.make_plan(model, which="orders"), model)
+    assert not benchmark._is_whole(benchmark.make_plan(model, "reverse"), model)
+    assert not benchmark._is_whole(benchmark.make_plan(model, switches=CHEAP), model)
+
+
 # --- views and traces ---
 
 
