@@ -230,7 +230,7 @@ def measure(
 @app.command()
 def ladder(
     out: Annotated[Path, typer.Option(help="Folder of journal, traces and report; a run that was killed continues.")],
-    preset: Annotated[str, typer.Option(help="h200-slice, or tiny: a rehearsal on any machine.")] = "h200-slice",
+    preset: Annotated[str, typer.Option(help="h200-short, h200-slice (hours), or tiny: a rehearsal.")] = "h200-short",
     device: Target = None,
     repeats: Annotated[int | None, typer.Option(help="Windows per rung; may grow when a run continues.")] = None,
     order: Annotated[str, typer.Option(help="source, reverse, or switches with commas.")] = "source",

@@ -383,6 +383,10 @@ _CASES = (
         "h200-slice", "h200-slice", "ends", "1024 requests, 512 in, 512 out, three layers of V4-Flash",
         needs_gpu=True, measured=True,
     ),
+    _engines(
+        "h200-short", "h200-short", "ends", "32 requests, 128 in, 512 out, three layers of V4-Flash",
+        needs_gpu=True, measured=True,
+    ),
 )  # fmt: skip
 
 OPTIMIZATION = Optimization(

@@ -7,6 +7,7 @@ trace of the first and the last rung that Perfetto opens.
 
 from __future__ import annotations
 
+import gc
 import gzip
 import importlib.util
 import json
@@ -157,7 +158,7 @@ class Report:
         inside: per set of the first order, launches per step, device and host time, memory.
         traces: per traced rung, its file and what was counted in it.
         gates: set -> None or why its gate is red.
-        records: for the scoreboard; none of a rehearsal.
+        records: for the scoreboard; none of a rehearsal, a selection of switches, another order or a red gate.
     """
 
     preset: Preset
@@ -226,7 +227,7 @@ def run_ladder(
     model = workload.slice_model(preset.config, seed, device)
     plan = make_plan(model, order, which, switches)
     # Refused before the gates, which take a while.
-    journal = Journal(out / "ladder.jsonl", _header(preset, plan, seed))
+    journal = Journal(out / "ladder.jsonl", _header(preset, plan, seed, device))
     gates = check_gates(model, preset, plan, device=device, seed=seed, progress=progress)
     if gates[OFF] is not None:
         raise RuntimeError(f"everything off does not repeat its own tokens, so nothing can be compared: {gates[OFF]}")
@@ -236,12 +237,15 @@ def run_ladder(
 
     def open_pass() -> Mapping[str, EngineSubject]:
         latest.clear()
-        for number, on in enumerate(green):
-            progress(f"prompts: {plan.name(on)}", number, len(green))
-            latest[plan.name(on)] = EngineSubject(model, preset, on, asked, device)
-            if number == 0:
-                _check_room(latest[plan.name(on)].engine_bytes, len(green))
-        latest[f"{OFF} {AGAIN}"] = EngineSubject(model, preset, frozenset(), asked, device)
+        _give_memory_back()
+        for number, on in enumerate((*green, frozenset[str]())):  # the last one is the A/A pair's other half
+            name = plan.name(on) if number < len(green) else f"{OFF} {AGAIN}"
+            progress(f"prompts: {name}", number, len(green) + 1)
+            try:
+                latest[name] = EngineSubject(model, preset, on, asked, device)
+            except torch.OutOfMemoryError as error:
+                raise _no_room(f"engine {number + 1} of {len(green) + 1}, {name}, does not fit") from error
+            _check_room([subject.engine_bytes for subject in latest.values()], len(green) - number)
         return latest
 
     interleave(open_pass, journal, rounds=rounds, steps=preset.window, progress=progress)
@@ -262,7 +266,8 @@ def run_ladder(
         looked, traces = _look_inside(reported, out, rows["order"], rehearsal=preset.rehearsal)
     shares = _contributions(journal, plan) if len(green) == len(plan.sets) else None
     lines: tuple[Record, ...] = ()
-    if device == "cuda" and not preset.rehearsal and looked and len(green) == len(plan.sets):
+    recorded = device == "cuda" and not preset.rehearsal and _is_whole(plan, model)
+    if recorded and looked and len(green) == len(plan.sets):
         lines = _records(preset, plan, journal, looked, seed)
         key = machines.current().key
         target = out / "records" / key / f"{CHAPTER}.jsonl"
@@ -273,26 +278,48 @@ def run_ladder(
     return report
 
 
-def _check_room(engine_bytes: int | None, more: int) -> None:
-    """So many more engines of this size fit beside each other, as far as one can tell from the first."""
-    if engine_bytes is None:
+def _is_whole(plan: Plan, model: Model) -> bool:
+    """Every switch in the source's order: a record's "optimized" is everything on, and says nothing of an order."""
+    return plan.order == attribution.source_order(attribution.names_of(available(model)))
+
+
+def _give_memory_back() -> None:
+    """What gates and worn-out engines leave: cycles, and memory that the allocator keeps from `mem_get_info`."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _check_room(built: Sequence[int | None], more: int) -> None:
+    """So many more engines fit beside these, each at least as large as the smallest: refuses nothing that would fit."""
+    known = [size for size in built if size is not None]
+    if not known:
         return
     free, _ = torch.cuda.mem_get_info()
-    if more * engine_bytes > free:
-        raise RuntimeError(
-            f"switches: {more} more engines of {engine_bytes / 2**30:.1f} GiB do not fit into {free / 2**30:.1f} GiB; "
-            "expected fewer sets (attribution 'ladder', or fewer switches)"
-        )
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if more * min(known) > free:
+        gib = f"{min(known) / 2**30:.1f} GiB or more do not fit into {free / 2**30:.1f} GiB"
+        raise _no_room(f"{more} more engines of {gib}")
 
 
-def _header(preset: Preset, plan: Plan, seed: int) -> dict[str, Any]:
+def _no_room(what: str) -> RuntimeError:
+    return RuntimeError(f"switches: {what}; expected fewer sets (attribution 'ladder', or fewer switches)")
+
+
+def _header(preset: Preset, plan: Plan, seed: int, device: str) -> dict[str, Any]:
     machine = machines.current()
     return {
         "schema": 1,
         "benchmark": preset.settings(),
         "sets": [plan.name(on) for on in plan.sets],
         "seed": seed,
-        "machine": {"device": machine.name, "driver": machine.driver, "torch": machine.torch, "triton": machine.triton},
+        "machine": {
+            "runs_on": device,
+            "device": machine.name,
+            "driver": machine.driver,
+            "torch": machine.torch,
+            "triton": machine.triton,
+        },
         "mode": kernels.mode(),
         "sources": records.hash_sources(MEASURED_MODULES),
     }

@@ -205,8 +205,9 @@ def interleave(
         number, done = journal.next_round, journal.rounds(names)
         for place, name in enumerate(timing.round_order(names, number)):
             progress(name, done * len(names) + place, rounds * len(names))
-            subject = subjects[name]
-            journal.add(Window(number, name, subject.context, subject.window(steps)))
+            # No name for the subject: it would keep a worn-out engine beside all of its successors.
+            context = subjects[name].context
+            journal.add(Window(number, name, context, subjects[name].window(steps)))
     progress("done", rounds * len(names), rounds * len(names))
 
 

@@ -5,9 +5,15 @@ alike. What differs from the reference is rounding: the router's weight multipli
 bf16, and so is their sum.
 
 Between the launches nothing is kept, so that any number of rows may come; captured, that memory is the graph's.
+
+Stacking copies: three layers of V4-Flash are 9.6 GiB. Engines that stand side by side, as on a ladder, share the stacks
+of a model's unchanged tensors.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -24,7 +30,8 @@ class GroupedExperts:
     """The routed experts of every layer, stacked for the GEMM.
 
     Args:
-        model: its experts are stored in MXFP4; copied to the device now, later changes are not seen.
+        model: its experts are stored in MXFP4; copied to the device now, or shared with whoever copied the same tensors
+            before; later changes are not seen.
         device: where.
     """
 
@@ -37,8 +44,8 @@ class GroupedExperts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stacked weights."""
-        return sum(m.packed.nbytes + m.scales.nbytes for layer in self._layers for m in layer)
+        """Bytes of the stacked weights, shared ones included."""
+        return sum(m.matrices.packed.nbytes + m.matrices.scales.nbytes for layer in self._layers for m in layer)
 
     def __call__(self, x: Tensor, route_weights: Tensor, experts: Tensor, layer: int) -> Tensor:
         """Sum over every token's experts; device work only, safe to capture.
@@ -52,7 +59,7 @@ class GroupedExperts:
         Returns:
             ``[T, D]`` of ``x``'s dtype, rounded to bf16.
         """
-        w1, w2 = self._layers[layer]
+        w1, w2 = (stack.matrices for stack in self._layers[layer])
         where, (tokens, top_k) = w1.packed.device, experts.shape
         tiles = [select_tile(self._arch, tokens, w1.num_experts, top_k, w.n, w.k) for w in (w1, w2)]
         plan = plan_dispatch(experts.to(where, torch.int32), w1.num_experts, block_m=tiles[0].block_m)
@@ -63,14 +70,35 @@ class GroupedExperts:
         return y.to(x.device, x.dtype)
 
 
-def _stacked(model: Model, layer: int, names: tuple[str, ...], device: torch.device | str) -> Mxfp4Weights:
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Matrices of all experts of a layer, and the tensors that they were copied from."""
+
+    matrices: Mxfp4Weights
+    sources: tuple[Tensor, ...]
+
+
+# Tensors by identity and version. A stack keeps its sources, so an identity is not given to another tensor before the
+# entry is gone (H31); an entry goes with the last `GroupedExperts` that has it.
+_STACKS: WeakValueDictionary[tuple[object, ...], _Stack] = WeakValueDictionary()
+
+
+def _stacked(model: Model, layer: int, names: tuple[str, ...], device: torch.device | str) -> _Stack:
     """Matrices of all experts, those of one expert below each other."""
     parts = model.weights.at(block_name(model.config, layer)).at("ffn").at("experts")
-    stacked = [
-        torch.stack([
-            torch.cat([parts.at(str(expert)).raw(f"{name}.{kind}").view(torch.uint8) for name in names])
-            for expert in range(model.config.router.n_experts)
-        ])
+    stored = [
+        [[parts.at(str(expert)).raw(f"{name}.{kind}") for name in names]
+         for expert in range(model.config.router.n_experts)]
         for kind in ("weight", "scale")
     ]  # fmt: skip
-    return Mxfp4Weights(*(part.to(device) for part in stacked))
+    sources = tuple(tensor for experts in stored for tensors in experts for tensor in tensors)
+    key = (torch.device(device), names, *((id(tensor), tensor._version) for tensor in sources))
+    if (known := _STACKS.get(key)) is not None:
+        return known
+    stacks = [
+        torch.stack([torch.cat([tensor.view(torch.uint8) for tensor in tensors]) for tensors in experts])
+        for experts in stored
+    ]
+    stack = _Stack(Mxfp4Weights(*(part.to(device) for part in stacks)), sources)
+    _STACKS[key] = stack
+    return stack

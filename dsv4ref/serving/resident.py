@@ -21,9 +21,9 @@ from dsv4ref.ref.model import Model
 from dsv4ref.ref.numerics import Numerics
 from dsv4ref.ref.weights import Weights
 
-__all__ = ["fp4_values", "index_values", "resident_model", "write_entries"]
+__all__ = ["AS_STORED", "fp4_values", "index_values", "resident_model", "write_entries"]
 
-_AS_STORED = (".experts.", ".wo_a.", ".tid2eid", "embed.weight")
+AS_STORED = (".experts.", ".wo_a.", ".tid2eid", "embed.weight")
 
 
 def resident_model(model: Model, device: torch.device | str) -> Model:
@@ -39,7 +39,7 @@ def resident_model(model: Model, device: torch.device | str) -> Model:
     device = torch.device(device)
     tensors: dict[str, Tensor] = {}
     for name, stored in model.tensors.items():
-        if any(part in name for part in _AS_STORED):
+        if any(part in name for part in AS_STORED):
             tensors[name] = stored.to(device)
         elif name.endswith(".weight") and f"{name.removesuffix('weight')}scale" in model.tensors:
             tensors[name] = _dequantised(model.weights, name, device)

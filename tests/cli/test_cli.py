@@ -316,7 +316,7 @@ def assert_refused(ran: Ran, *said: str) -> None:
         ("lab --folder {nowhere}", ["--folder", "00_start_here.ipynb"]),
         ("measure", ["--out"]),
         ("ladder", ["--out"]),
-        ("ladder --device cpu --out {nowhere}", ["--preset", "h200-slice", "needs a GPU", "tiny"]),
+        ("ladder --device cpu --out {nowhere}", ["--preset", "h200-short", "needs a GPU", "tiny"]),
         ("ladder --device cpu --out {nowhere} --preset mini", ["preset", "'mini'", "h200-slice", "tiny"]),
         ("ladder --device cpu --out {nowhere} --preset tiny --repeats 3", ["repeats", "3", "at least 10"]),
         ("ladder --device cpu --out {nowhere} --preset tiny --order down", ["order", "'down'", "source", "reverse"]),

@@ -112,6 +112,27 @@ def test_the_large_preset_is_the_sources_benchmark_at_flash_widths() -> None:
     assert not preset.rehearsal
 
 
+def test_the_short_preset_differs_in_its_requests_and_prompts_alone() -> None:
+    short, large = workload.get_preset("h200-short"), workload.get_preset("h200-slice")
+    own = ("name", "requests", "prompt", "window", "about")
+    assert replace(short, **{name: getattr(large, name) for name in own}) == large
+    assert large.requests * large.prompt == 128 * short.requests * short.prompt, "as its description says"
+    assert short.repeats * short.window >= 299, "steps enough for a p99"
+
+
+@pytest.mark.parametrize("name", ["h200-short", "h200-slice"])
+def test_the_gate_of_a_large_preset_fills_the_window_and_closes_entries(name: str) -> None:
+    preset = workload.get_preset(name)
+    assert preset.gate[1] > max(preset.config.window_size, 128)
+    assert preset.max_length // 4 < preset.config.index_topk, "the comment says that nothing is chosen"
+
+
+def test_the_gate_of_the_rehearsal_wraps_the_window_and_chooses_entries() -> None:
+    tiny = workload.get_preset("tiny")
+    assert tiny.gate[1] > tiny.config.window_size
+    assert tiny.gate[1] // 4 > tiny.config.index_topk
+
+
 def test_weights_are_codes_whose_values_have_variance_one_over_width(model: Model) -> None:
     experts = model.tensors["layers.0.ffn.experts.0.w1.weight"]
     assert experts.dtype is torch.int8
@@ -238,6 +259,27 @@ def test_every_module_of_the_engine_is_a_source_of_its_rounds() -> None:
     modules = set(benchmark.MEASURED_MODULES)
     assert {"dsv4ref.serving.engine", "dsv4ref.ref.attention", "dsv4ref.kernels.sparse_mla.decode"} <= modules
     assert "dsv4ref.kernels" in modules
+
+
+def test_engines_that_cannot_fit_are_refused_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 * 2**30, 9 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**30)
+    benchmark._check_room([None], 1000)
+    benchmark._check_room([2 * 2**30, 50 * 2**30], 3)  # the others may be as small as the smallest
+    with pytest.raises(RuntimeError, match=r"switches: 4 more engines of 2.0 GiB or more do not fit into 6.0 GiB"):
+        benchmark._check_room([2 * 2**30, 50 * 2**30], 4)
+
+
+def test_a_journal_of_another_device_is_another_run(model: Model) -> None:
+    plan = benchmark.make_plan(model, switches=CHEAP)
+    assert benchmark._header(SHORT, plan, 0, "cpu") != benchmark._header(SHORT, plan, 0, "cuda")
+
+
+def test_only_every_switch_in_the_sources_order_makes_a_record(model: Model) -> None:
+    assert benchmark._is_whole(benchmark.make_plan(model, which="orders"), model)
+    assert not benchmark._is_whole(benchmark.make_plan(model, "reverse"), model)
+    assert not benchmark._is_whole(benchmark.make_plan(model, switches=CHEAP), model)
 
 
 # --- views and traces ---

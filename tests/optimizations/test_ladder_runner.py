@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,3 +232,29 @@ def test_contributions_are_shares_of_the_first_rung_with_their_sum() -> None:
     rows = runner.contribution_rows({"view": {"a": [2.0] * 20, "b": [-1.0] * 20}}, total)
     assert [row["switch"] for row in rows] == ["a", "b", "sum"]
     assert [(r["view"].low, r["view"].median, r["view"].high) for r in rows] == [(20,) * 3, (-10,) * 3, (10,) * 3]
+
+
+def test_worn_out_subjects_are_gone_before_their_successors_are_built(tmp_path: Path) -> None:
+    built: list[weakref.ref[Worn]] = []
+
+    def open_pass() -> dict[str, Worn]:
+        assert [reference() for reference in built] == [None] * len(built), "an engine stands beside its successor"
+        fresh = {name: Worn() for name in ("off", "on")}
+        built.extend(weakref.ref(subject) for subject in fresh.values())
+        return fresh
+
+    runner.interleave(open_pass, Journal(tmp_path / "ladder.jsonl", {}), rounds=3, steps=1)
+    assert len(built) == 6
+
+
+class Worn:
+    """A subject that has room for one window."""
+
+    context = 0
+
+    def __init__(self) -> None:
+        self.room = 1
+
+    def window(self, steps: int) -> tuple[float, ...]:
+        self.room -= steps
+        return (1.0,) * steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from dsv4ref.ref.rope import layer_frequencies
 from dsv4ref.ref.weights import Weights
 from dsv4ref.serving.gathered_experts import GatheredExperts
 from dsv4ref.serving.graphs import EmulatedGraph
+from dsv4ref.serving.grouped_experts import GroupedExperts
 from dsv4ref.serving.resident import fp4_values, index_values, resident_model, write_entries
 from dsv4ref.serving.tails import Tail, append_and_pool, place_rows
 
@@ -207,3 +209,22 @@ def test_a_pair_without_an_expert_adds_nothing_and_nothing_is_read_from_the_devi
 def test_memory_for_less_than_one_pair_is_refused() -> None:
     with pytest.raises(ValueError, match="gather_bytes: got 8191, expected at least 8192, one dequantised matrix"):
         GatheredExperts(slice_model((0,)), "cpu", gather_bytes=8191)
+
+
+def test_stacks_of_the_same_tensors_are_shared_until_nobody_has_them_or_a_tensor_changes(device: str) -> None:
+    model = stored_as(slice_model((4,)), "mxfp4")
+    first, second = GroupedExperts(model, device), GroupedExperts(Model(model.config, dict(model.tensors)), device)
+    stacks = first._layers[0]
+    assert all(mine is other for mine, other in zip(stacks, second._layers[0], strict=True))
+
+    codes = model.tensors["layers.0.ffn.experts.3.w2.weight"]
+    codes.copy_(~codes)
+    third = GroupedExperts(model, device)._layers[0]
+    assert third[0] is stacks[0], "w1 and w3 are what they were"
+    assert third[1] is not stacks[1]
+    differs = (third[1].matrices.packed != stacks[1].matrices.packed).flatten(1).any(dim=1)
+    assert differs.nonzero().flatten().tolist() == [3]
+
+    held = weakref.ref(stacks[1])
+    del first, second, stacks
+    assert held() is None, "a stack outlived everybody who had it"
