@@ -40,7 +40,7 @@ from dsv4ref.accuracy.task import TASK
 from dsv4ref.accuracy.twin import forward
 from dsv4ref.device import DeviceSpec
 from dsv4ref.formats import mxfp4
-from dsv4ref.kernels.experts.tiles import ExpertTile, rules_for
+from dsv4ref.kernels.experts.tiles import ExpertTile, default_tile, rules_for
 from dsv4ref.optimizations.routing_eager import loads
 
 __all__ = [
@@ -206,8 +206,9 @@ def layer_time_us(
 
 
 def candidates(arch: str) -> tuple[ExpertTile, ...]:
-    """The tiles that an architecture's table can choose, by rows and columns."""
-    return tuple(sorted({rule.tile for rule in rules_for(arch)}, key=lambda tile: (tile.block_m, tile.block_n)))
+    """The tiles that an architecture's table can choose, and the default, by rows and columns."""
+    tiles = {rule.tile for rule in rules_for(arch)} | {default_tile(arch)}
+    return tuple(sorted(tiles, key=lambda tile: (tile.block_m, tile.block_n)))
 
 
 def best_tile(histogram: Tensor | Sequence[int], hidden: int, intermediate: int, spec: DeviceSpec) -> ExpertTile:
