@@ -21,8 +21,8 @@ MUTATIONS = {
     ),
     "a window is booked to the subject before it": Mutation(
         "dsv4ref/optimizations/ladder_runner.py",
-        "subject = subjects[name]",
-        "subject = subjects[names[names.index(name) - 1]]",
+        "subjects[name].window(steps)",
+        "subjects[names[names.index(name) - 1]].window(steps)",
         cases=("attribution_ladder/simulated",),
         unaffected=("attribution_ladder/simulated-drift",),
     ),
