@@ -159,12 +159,13 @@ _CDNA = (
 _HOPPER = (
     TileRule(ExpertTile(16, 128, 128, 4, 3), "measured: the fastest of the tiles up to 12 rows per expert", upto=16),
     TileRule(ExpertTile(32, 128, 128, 4, 3), "measured: the fastest at 24 rows per expert", above=16, upto=32),
-    TileRule(ExpertTile(64, 128, 128, 4, 3), "measured: the fastest at 96 and 192 rows per expert", above=32),
+    TileRule(ExpertTile(64, 128, 64, 4, 4), "half of block_k: fewer registers for decoded weights", above=32, upto=64),
+    TileRule(ExpertTile(128, 256, 64, 8, 3), "measured: the fastest at 192 rows per expert", above=64),
 )
 
 SELECTION: Mapping[str, tuple[TileRule, ...]] = {"gfx942": _CDNA, "gfx950": _CDNA, "sm_90": _HOPPER, "cpu": _CDNA}
 """Lines by architecture; the interpreter ("cpu") exercises the AMD tiles. sm_90's come from an H200 (chapter 13), where
-128 rows and tiles of 64 columns were slower everywhere; no AMD GPU has run gfx942's and gfx950's."""
+the default was slower everywhere; no AMD GPU has run gfx942's and gfx950's."""
 
 for _rules in SELECTION.values():
     check_rules(_rules)
@@ -191,8 +192,9 @@ def rules_for(arch: str) -> tuple[TileRule, ...]:
 
 
 def default_tile(arch: str) -> ExpertTile:
-    """`DEFAULT` with the pipeline stages of the architecture's table."""
-    return replace(DEFAULT, num_stages=max(rule.tile.num_stages for rule in rules_for(arch)))
+    """`DEFAULT` with the pipeline stages of the architecture's tallest tile."""
+    tallest = max((rule.tile for rule in rules_for(arch)), key=lambda tile: tile.block_m)
+    return replace(DEFAULT, num_stages=tallest.num_stages)
 
 
 def local_rows(tokens: int, num_experts: int, local_experts: int) -> int:
