@@ -73,7 +73,7 @@ def on_h200() -> dict[str, dict[str, Any]]:
 def test_the_h200s_records_say_what_the_page_says_of_them() -> None:
     rows = on_h200()
     for name, row in rows.items():
-        tokens, depth, us = OPT.cases[name].params["rows"], OPT.cases[name].params["depth"], row["variants"]
+        tokens, us = OPT.cases[name].params["rows"], row["variants"]
         cast = row["baseline_us"] - us["source, rounded bias"]
         behind = us["fp32 gemm"] - us["library's bf16 gemm"]
         if tokens <= 8:
@@ -82,7 +82,7 @@ def test_the_h200s_records_say_what_the_page_says_of_them() -> None:
         else:
             assert behind > 0, (name, us)
             assert (behind < cast) == (name == "flash-64"), (name, behind, cast)
-        if tokens >= 64 and depth == 7168:
+        if tokens >= 64 and name != "flash-64":
             assert row["ratio_ci"][1] < 1 - row["noise_floor"], (name, row["ratio_ci"])
 
 
