@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dsv4ref.config import V4_FLASH
+from dsv4ref.evidence import records
 from dsv4ref.kernels.experts import ExpertMap, max_tiles, routing
 from dsv4ref.kernels.experts.dispatch import BLOCK_TOKENS
 from dsv4ref.optimizations import catalogue
 from dsv4ref.optimizations.expert_routing import _padding_counted
+from dsv4ref.optimizations.report import report_rows
 from dsv4ref.optimizations.routing_eager import load_facts
 from dsv4ref.optimizations.routing_inputs import undecided
 
@@ -91,3 +94,22 @@ def test_one_rounding_of_the_argument_costs_32_ulps_at_minus_87_and_none_taken_a
     rest = (x - whole * routing._LN_2_HIGH.value) - whole * routing._LN_2_LOW.value
     assert 30 < ulps(exp(x)) < 33
     assert ulps(torch.exp2(whole) * exp(rest)) < 2
+
+
+def on_h200() -> dict[str, dict[str, Any]]:
+    """The shipped H200 records' rows by case."""
+    mine = [r for r in records.latest(records.shipped()) if r.chapter == OPT.id and r.device == "h200"]
+    return {row["case"]: row for row in report_rows(mine)}
+
+
+def test_the_h200s_records_say_what_the_page_says_of_them() -> None:
+    rows = on_h200()
+    short = {case: row["ratio"] / row["predicted"] for case, row in rows.items()}
+    assert min(short, key=lambda case: short[case]) == "flash-1", short
+    assert all(short[case] < 1 for case in ("flash-1", "flash-1024", "pro-1024", "v32-1024")), short
+    one, many, most = (rows[case] for case in ("flash-1", "flash-1024", "flash-8192"))
+    assert one["variants"]["order"] > one["optimized_us"] / 2, one
+    assert most["ratio"] < many["ratio"], (most["ratio"], many["ratio"])
+    assert short["flash-8192"] > 1, short
+    growth = {name: most["variants"][name] - many["variants"][name] for name in ("route", "order")}
+    assert growth["route"] > growth["order"], growth

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from dsv4ref import config
+from dsv4ref.evidence import records
 from dsv4ref.kernels.aiter.emulation import emulated_library
 from dsv4ref.kernels.aiter.plan import DecodeShape, planned_keys, work_rows
 from dsv4ref.optimizations import catalogue
-from dsv4ref.optimizations.graph_clean_scratch import SCALE, ScratchInputs
+from dsv4ref.optimizations.graph_clean_scratch import BASELINE_LAUNCHES, OPTIMIZED_LAUNCHES, SCALE, ScratchInputs
+from dsv4ref.optimizations.report import report_rows
 from dsv4ref.serving.graphs import capture
 from dsv4ref.serving.scratch import Scratch, scratch_bytes, scratch_sizes
 
@@ -88,3 +90,17 @@ def test_the_page_names_no_shape_that_the_matrix_does_not() -> None:
     assert not query("mla_decode_fwd", arch="gfx942", heads=16, lse=True, **usual).supported  # type: ignore[arg-type]
     assert not query("mla_decode_fwd", arch="gfx950", heads=64, lse=True, **usual).supported  # type: ignore[arg-type]
     assert query("mla_decode_fwd", arch="gfx942", heads=16, lse=False, **usual).supported  # type: ignore[arg-type]
+
+
+def on_h200() -> dict[str, dict[str, Any]]:
+    """The shipped H200 records' rows by case."""
+    mine = [r for r in records.latest(records.shipped()) if r.chapter == OPT.id and r.device == "h200"]
+    return {row["case"]: row for row in report_rows(mine)}
+
+
+def test_the_h200s_records_say_what_the_page_says_of_them() -> None:
+    gone = sum(BASELINE_LAUNCHES.values()) - sum(OPTIMIZED_LAUNCHES.values())
+    for name, row in on_h200().items():
+        assert row["ratio_ci"][1] < row["predicted"], (name, row["ratio_ci"], row["predicted"])
+        goes = (row["baseline_us"] - row["optimized_us"]) / gone
+        assert 0.8 < goes < 1.2 < row["optimized_us"] / sum(OPTIMIZED_LAUNCHES.values()), (name, goes)

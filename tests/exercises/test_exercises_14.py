@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dsv4ref.config import V3_2
+from dsv4ref.evidence import records
 from dsv4ref.kernels.experts import router_logits
 from dsv4ref.kernels.experts.router_gemm import select_tile
 from dsv4ref.optimizations import catalogue, router_study
+from dsv4ref.optimizations.report import report_rows
 from dsv4ref.optimizations.router_band import LOGIT_BAND
 
 OPT = catalogue.get("router_dtype")
@@ -58,3 +62,34 @@ def test_published_figures_are_the_ones_the_prose_quotes() -> None:
     assert round(changes["relative speed"].gain_percent, 2) == -3.06
     assert changes["launches"].before - changes["launches"].after == V3_2.n_moe_layers == 58
     assert (changes["values"].before, changes["values"].after) == (238, 8)
+
+
+def on_h200() -> dict[str, dict[str, Any]]:
+    """The shipped H200 records' rows by case."""
+    mine = [r for r in records.latest(records.shipped()) if r.chapter == OPT.id and r.device == "h200"]
+    return {row["case"]: row for row in report_rows(mine)}
+
+
+def test_the_h200s_records_say_what_the_page_says_of_them() -> None:
+    rows = on_h200()
+    for name, row in rows.items():
+        tokens, us = OPT.cases[name].params["rows"], row["variants"]
+        cast = row["baseline_us"] - us["source, rounded bias"]
+        behind = us["fp32 gemm"] - us["library's bf16 gemm"]
+        if tokens <= 8:
+            assert row["ratio_ci"][0] > 1 + row["noise_floor"], (name, row["ratio_ci"])
+            assert behind < 0 < us["source, rounded bias"] - row["optimized_us"], (name, us)
+        else:
+            assert behind > 0, (name, us)
+            assert (behind < cast) == (name == "flash-64"), (name, behind, cast)
+        if tokens >= 64 and name != "flash-64":
+            assert row["ratio_ci"][1] < 1 - row["noise_floor"], (name, row["ratio_ci"])
+
+
+def test_a_step_along_d_takes_about_half_a_microsecond() -> None:
+    rows = on_h200()
+    for name in ("flash-64", "flash-1024", "v32-64", "v32-256", "v32-1024"):
+        p = OPT.cases[name].params
+        tile = select_tile(p["rows"])
+        step = rows[name]["variants"]["fp32 gemm"] / -(-p["depth"] // (tile.block_k * tile.slices))
+        assert 0.45 < step < 0.6, (name, step)

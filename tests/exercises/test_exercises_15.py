@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from dsv4ref import config
+from dsv4ref.evidence import records
 from dsv4ref.evidence.launches import count_launches
 from dsv4ref.optimizations import catalogue
 from dsv4ref.optimizations.metadata_cache import host_calls, verdicts
+from dsv4ref.optimizations.report import report_rows
 from dsv4ref.serving.metadata import KEYS, Key, Step, lengths_key, make_step
 from dsv4ref.serving.traces import Lengths, decode_trace, prefill_trace
 
@@ -123,3 +125,20 @@ def test_the_host_calls_fingerprint_every_step_and_launch_nothing() -> None:
         assert call() == len(inputs.steps) - 1, name
     trace = [Lengths((1,), (5,)), Lengths((1,), (6,))]
     assert verdicts(trace, TOPK, lengths_key) == ["plan", "plan"]
+
+
+def on_h200() -> dict[str, dict[str, Any]]:
+    """The shipped H200 records' rows by case."""
+    mine = [r for r in records.latest(records.shipped()) if r.chapter == OPT.id and r.device == "h200"]
+    return {row["case"]: row for row in report_rows(mine)}
+
+
+def test_the_h200s_records_say_what_the_page_says_of_them() -> None:
+    rows = on_h200()
+    saved = {name: row["baseline_us"] - row["optimized_us"] for name, row in rows.items()}
+    for name in ("v32-1-5k", "v32-64-5k", "v32-512-5k"):
+        assert rows[name]["ratio"] > rows[name]["predicted"], name
+    assert max(saved, key=lambda name: saved[name]) == "v32-1-5k", saved
+    same = rows["v32-64-1k"]
+    assert same["predicted"] == 1
+    assert abs(same["ratio"] - 1) > 10 * same["noise_floor"], (same["ratio"], same["noise_floor"])

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv4ref.evidence import records
 from dsv4ref.evidence.launches import count_launches
 from dsv4ref.optimizations import catalogue
+from dsv4ref.optimizations.report import report_rows
 from dsv4ref.optimizations.shrink_tail_fill import FillInputs, observed, replay
 from dsv4ref.serving.tail_fill import TailFilled
 
@@ -111,3 +113,24 @@ def test_the_mask_of_the_gap_depends_on_the_step_and_not_on_the_buffers() -> Non
 
     assert torch.equal(masked(0), masked(5))
     assert int(masked(0).sum()) == step.tokens * inputs.topk - step.indices.numel()
+
+
+def on_h200() -> dict[str, dict[str, Any]]:
+    """The shipped H200 records' rows by case."""
+    mine = [r for r in records.latest(records.shipped()) if r.chapter == OPT.id and r.device == "h200"]
+    return {row["case"]: row for row in report_rows(mine)}
+
+
+def test_the_h200s_records_say_what_the_page_says_of_them() -> None:
+    rows = on_h200()
+    steady, chunk = rows["steady-64"], rows["shrink-8192-64"]
+    assert steady["ratio"] < steady["predicted"]
+    assert steady["baseline_us"] - steady["optimized_us"] > steady["baseline_us"] / 2, steady
+    assert 1 < chunk["ratio_ci"][0] < chunk["ratio_ci"][1] < 1.06, chunk["ratio_ci"]
+    for name, row in rows.items():
+        p = OPT.predict(OPT.case(name), "h200")
+        launches = {r.variant: r.launches for r in records.latest(records.shipped())
+                    if (r.chapter, r.device, r.case) == (OPT.id, "h200", name)}  # fmt: skip
+        expected = {"baseline": p.baseline_launches + 2, "optimized": p.optimized_launches + 2}
+        assert launches == expected, (name, launches, expected)
+        assert row["predicted"] == p.ratio
