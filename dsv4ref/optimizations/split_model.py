@@ -411,11 +411,11 @@ def summary(opt: Optimization, measured: Iterable[Record]) -> str:
         ratios = [r.ratio for r in kept if (r.variant, r.device) == ("optimized", device) and r.ratio is not None]
         split, kernel = (_range(row[part] for row in here) for part in ("split, recorded", "kernel"))
         parts = f"splitting gives {split} of it, the other kernel {kernel}"
-        lines.append(f"{device}: single pass / plan {_range(ratios)} over {len(here)} cases; {parts}")
+        lines.append(f"{device}: time of single pass / plan {_range(ratios)} over {len(here)} cases; {parts}")
         peers = [row["FlashMLA / plan"] for row in here if row["FlashMLA / plan"] is not None]
         if peers:
             mean = f"geometric mean {statistics.geometric_mean(peers):.2f} of {len(peers)} cases"
-            lines.append(f"{device}: FlashMLA / plan {_range(peers)}, {mean}; aimed at: {PEER_GOAL}")
+            lines.append(f"{device}: time of FlashMLA / plan {_range(peers)}, {mean}; aimed at: {PEER_GOAL}")
     return "\n".join(lines)
 
 
