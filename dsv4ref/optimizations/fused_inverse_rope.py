@@ -15,7 +15,7 @@ Source: vllm#45103 (one launch for the operators), vllm#57435 and vllm#57451 (in
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from dsv4ref.device import DeviceSpec
 from dsv4ref.evidence import compare, records
 from dsv4ref.evidence.gates import Check, Gate
 from dsv4ref.evidence.isa import CompileRequest
+from dsv4ref.evidence.records import Record
 from dsv4ref.formats.kv_cache import HEAD_DIM, NOPE_DIM, ROPE_DIM
 from dsv4ref.kernels.sparse_mla import QueryRotation, SplitPlan, SplitScratch, plan_for, plan_splits, split_k_decode
 from dsv4ref.kernels.sparse_mla.rotate import HEADS_PER_PROGRAM, WARPS, rotate_rows
@@ -39,11 +40,13 @@ from dsv4ref.ref.numerics import Numerics
 from dsv4ref.ref.rope import layer_frequencies, rotate_back_ref
 
 __all__ = [
+    "ADDED",
     "EAGER_LAUNCHES",
     "LAUNCH_US",
     "OPTIMIZATION",
     "RotationInputs",
     "StepState",
+    "added_rows",
     "compiled_without_guards",
     "decode",
     "eager_bytes",
@@ -54,6 +57,7 @@ __all__ = [
     "rotation_times_us",
     "rounded_twice_and_once",
     "roundings",
+    "summary",
 ]
 
 EAGER_LAUNCHES = 13
@@ -61,6 +65,11 @@ EAGER_LAUNCHES = 13
 
 LAUNCH_US = 2.0
 """Assumed cost of one small launch inside a graph, microseconds, as in chapter 06."""
+
+ADDED = (
+    "case", "device", "splits", "decode", "inside", "one launch", "model, one launch", "operators", "model, operators",
+)  # fmt: skip
+"""Columns of `added_rows`."""
 
 _SWA_LAYER, _COMPRESSED_LAYER = 0, 2
 _NEAR, _FAR = (0, 4_096), (65_536, 262_144)
@@ -273,6 +282,59 @@ def rotation_times_us(params: Mapping[str, Any], spec: DeviceSpec) -> dict[str, 
         way: moved / (spec.bandwidth_tb_s * 1e6) + launches[way] * LAUNCH_US
         for way, moved in rotation_bytes(params).items()
     }
+
+
+def added_rows(opt: Optimization, measured: Iterable[Record]) -> list[dict[str, Any]]:
+    """What each way of turning the output added to the decode in the records, beside the model of it.
+
+    Args:
+        opt: this chapter.
+        measured: its records; devices without published figures are left out.
+
+    Returns:
+        Rows with the columns of `ADDED`, microseconds: differences of medians with and without the rotation.
+    """
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for record in measured:
+        if record.chapter == opt.id and decode_model.spec_for(record.device) is not None:
+            times.setdefault((record.case, record.device), {})[record.variant] = record.p50_us
+    found = []
+    for (case, device), seen in times.items():
+        spec = decode_model.spec_for(device)
+        assert spec is not None
+        params, decoded = opt.case(case).params, seen["decode, not rotated"]
+        modelled = rotation_times_us(params, spec)
+        found.append(
+            {
+                "case": case,
+                "device": device,
+                "splits": plan_on(params, spec).splits,
+                "decode": decoded,
+                "inside": seen["optimized"] - decoded,
+                "one launch": seen["one launch after"] - decoded,
+                "model, one launch": modelled["one launch, in place"],
+                "operators": seen["baseline"] - decoded,
+                "model, operators": modelled["eager"],
+            }
+        )
+    return found
+
+
+def summary(opt: Optimization, measured: Iterable[Record]) -> str:
+    """The records in one line per device: what each way added, least to most; empty without records.
+
+    Args: as `added_rows`.
+    """
+    rows, lines = added_rows(opt, measured), []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        here = [row for row in rows if row["device"] == device]
+        ways = {way: [row[way] for row in here] for way in ("inside", "one launch", "operators")}
+        added = ", ".join(f"{way} {min(us):.1f} to {max(us):.1f} us" for way, us in ways.items())
+        dearer = sum(row["inside"] >= row["one launch"] for row in here)
+        lines.append(
+            f"{device}, added to the decode: {added}; inside no cheaper than one launch in {dearer} of {len(here)}"
+        )
+    return "\n".join(lines)
 
 
 def plan_on(params: Mapping[str, Any], spec: DeviceSpec | None) -> SplitPlan:

@@ -1,4 +1,4 @@
-"""What chapter 18 computes beside its plans: the worth of each step, published times, and compile requests.
+"""What chapter 18 computes beside its plans: the worth of each step, published and recorded times, compile requests.
 
 The time model is `dsv4ref.kernels.sparse_mla.splits`; this module asks it about other plans than the chosen one.
 """
@@ -6,7 +6,8 @@ The time model is `dsv4ref.kernels.sparse_mla.splits`; this module asks it about
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +28,12 @@ from dsv4ref.kernels.sparse_mla.splits import (
     tiles_per_row,
 )
 from dsv4ref.optimizations import decode_launch_shape, decode_model
+from dsv4ref.optimizations.base import Optimization
 
 __all__ = [
+    "PEER_GOAL",
+    "RECORDED",
+    "beaten_rows",
     "claimed_rows",
     "claims",
     "fastest_rows",
@@ -36,12 +41,23 @@ __all__ = [
     "machine_for",
     "partial_request",
     "plan",
+    "recorded_rows",
     "reduce_request",
     "residual_rows",
     "residual_shapes",
     "single_pass",
+    "summary",
     "table_and_splits",
 ]
+
+PEER_GOAL = 0.45
+"""What this workbook aims at for a portable Triton kernel: FlashMLA's time over its own. A goal, from no source."""
+
+RECORDED = (
+    "case", "device", "splits", "kernel", "split, model", "split, recorded", "plan: recorded / model",
+    "twice the splits / plan", "FlashMLA / plan",
+)  # fmt: skip
+"""Columns of `recorded_rows`."""
 
 _CHAPTER = "split_k_decode"
 _TESTS_OF_THE_MODEL = ("vllm#44899", "sglang#36094")
@@ -314,4 +330,104 @@ def fastest_rows() -> list[dict[str, Any]]:
         line |= {"planned": p.splits, "shape": str(p.launch)}
         times = {f"{n}, us": plan(params, "mi355x", launch=p.launch, splits=n).time_us for n in (1, 2, 4, 8)}
         found.append(line | times)
+    return found
+
+
+# --- what was recorded ---
+
+
+def recorded_rows(opt: Optimization, measured: Iterable[Record]) -> list[dict[str, Any]]:
+    """A ratio taken apart: what the other kernel is worth at one split, and what splitting is, beside the model.
+
+    Args:
+        opt: this chapter.
+        measured: its records; devices without published figures are left out.
+
+    Returns:
+        Rows with the columns of `RECORDED`. ``kernel`` times ``split, recorded`` is baseline over optimised.
+    """
+    found = []
+    for (case, device), times in _times(measured).items():
+        params = opt.case(case).params
+        p, one = plan(params, device), plan(params, device, splits=1)
+        planned, peer = times["optimized"], times.get(_PEER)
+        found.append(
+            {
+                "case": case,
+                "device": device,
+                "splits": p.splits,
+                "kernel": times["baseline"] / times["one split"],
+                "split, model": one.time_us / p.time_us,
+                "split, recorded": times["one split"] / planned,
+                "plan: recorded / model": planned / p.time_us,
+                "twice the splits / plan": times["twice the splits"] / planned,
+                "FlashMLA / plan": None if peer is None else peer / planned,
+            }
+        )
+    return found
+
+
+def beaten_rows(opt: Optimization, measured: Iterable[Record]) -> tuple[float, list[dict[str, Any]]]:
+    """Where a variant was faster than the plan.
+
+    Args: as `recorded_rows`.
+
+    Returns:
+        How far two variants that make the same launches differ at most, as a share of the plan's time, and rows
+        ``{case, device, variant, splits, faster, faster by the model}`` of variants faster than the plan by more.
+    """
+    spread = 0.0
+    found: list[dict[str, Any]] = []
+    for (case, device), times in _times(measured).items():
+        params = opt.case(case).params
+        p = plan(params, device)
+        tile = SHAPES[machine_for(device).arch][0].launch
+        asked = {
+            "one split": plan(params, device, splits=1),
+            "small tile": plan(params, device, launch=tile),
+            "twice the splits": plan(params, device, launch=p.launch, splits=min(MAX_SPLITS, 2 * p.splits)),
+        }
+        for variant, other in asked.items():
+            gain = times["optimized"] / times[variant] - 1
+            if (other.launch, other.splits) == (p.launch, p.splits):
+                spread = max(spread, abs(gain))
+                continue
+            line = {"case": case, "device": device, "variant": variant, "splits": f"{p.splits} → {other.splits}"}
+            found.append(
+                line | {"faster, %": 100 * gain, "faster by the model, %": 100 * (p.time_us / other.time_us - 1)}
+            )
+    return spread, [row for row in found if row["faster, %"] > 100 * spread]
+
+
+def summary(opt: Optimization, measured: Iterable[Record]) -> str:
+    """The records in two lines per device, for the head of the page; empty without records.
+
+    Args: as `recorded_rows`.
+    """
+    kept = list(measured)
+    rows, lines = recorded_rows(opt, kept), []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        here = [row for row in rows if row["device"] == device]
+        ratios = [r.ratio for r in kept if (r.variant, r.device) == ("optimized", device) and r.ratio is not None]
+        split, kernel = (_range(row[part] for row in here) for part in ("split, recorded", "kernel"))
+        parts = f"splitting gives {split} of it, the other kernel {kernel}"
+        lines.append(f"{device}: time of single pass / plan {_range(ratios)} over {len(here)} cases; {parts}")
+        peers = [row["FlashMLA / plan"] for row in here if row["FlashMLA / plan"] is not None]
+        if peers:
+            mean = f"geometric mean {statistics.geometric_mean(peers):.2f} of {len(peers)} cases"
+            lines.append(f"{device}: time of FlashMLA / plan {_range(peers)}, {mean}; aimed at: {PEER_GOAL}")
+    return "\n".join(lines)
+
+
+def _range(numbers: Iterable[float]) -> str:
+    found = sorted(numbers)
+    return f"{found[0]:.2f} to {found[-1]:.2f}"
+
+
+def _times(measured: Iterable[Record]) -> dict[tuple[str, str], dict[str, float]]:
+    """p50 microseconds by case and device, then variant, of devices that the model knows."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for record in measured:
+        if record.chapter == _CHAPTER and decode_model.spec_for(record.device) is not None:
+            found.setdefault((record.case, record.device), {})[record.variant] = record.p50_us
     return found

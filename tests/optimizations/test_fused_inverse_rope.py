@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsv4ref.device import get_device
-from dsv4ref.evidence import compare
+from dsv4ref.evidence import compare, records
 from dsv4ref.evidence.launches import count_launches, operator_kind
 from dsv4ref.formats.kv_cache import HEAD_DIM, NOPE_DIM
 from dsv4ref.kernels.sparse_mla import QueryRotation
@@ -249,3 +249,36 @@ def test_tables_of_bf16_cos_and_sin_pass_the_gate(device: str) -> None:
         yardstick=fused_inverse_rope._yardstick(inputs),
     )  # fmt: skip
     assert verdict.passed, verdict.detail
+
+
+def _recorded() -> list[records.Record]:
+    return [r for r in records.latest(records.shipped()) if (r.chapter, r.device) == (OPT.id, "h200")]
+
+
+def test_what_the_rotation_adds_is_the_difference_to_the_decode_alone() -> None:
+    times = {(r.case, r.variant): r.p50_us for r in _recorded()}
+    rows = fused_inverse_rope.added_rows(OPT, _recorded())
+    assert sorted(row["case"] for row in rows) == sorted(n for n, case in OPT.cases.items() if case.measured)
+    for row in rows:
+        assert tuple(row) == fused_inverse_rope.ADDED
+        added = (row["decode"] + row["inside"], row["decode"] + row["one launch"], row["decode"] + row["operators"])
+        seen = tuple(times[row["case"], v] for v in ("optimized", "one launch after", "baseline"))
+        assert added == pytest.approx(seen), (row["case"], added, seen)
+
+
+def test_inside_is_the_cheapest_in_every_record_and_a_dearer_one_would_be_counted() -> None:
+    rows = fused_inverse_rope.added_rows(OPT, _recorded())
+    assert all(row["inside"] < row["one launch"] < row["operators"] for row in rows), rows
+    assert "inside no cheaper than one launch in 0 of 12" in fused_inverse_rope.summary(OPT, _recorded())
+    dearer = [
+        replace(r, p50_us=r.p80_us + 100, p80_us=r.p80_us + 100)
+        if (r.case, r.variant) == ("flash-1024", "optimized")
+        else r
+        for r in _recorded()
+    ]
+    assert "inside no cheaper than one launch in 1 of 12" in fused_inverse_rope.summary(OPT, dearer)
+
+
+def test_without_records_nothing_is_said_of_the_rotation() -> None:
+    assert fused_inverse_rope.summary(OPT, []) == ""
+    assert fused_inverse_rope.added_rows(OPT, [replace(r, device="cpu") for r in _recorded()]) == []

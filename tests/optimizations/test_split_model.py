@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,3 +112,50 @@ def test_the_plans_counts_are_those_that_measured_fastest_elsewhere() -> None:
     rows = split_model.fastest_rows()
     assert [(row["rows"], row["planned"], row["fastest"]) for row in rows] == [(32, 4, 4), (64, 2, 2), (128, 1, 1)]
     assert all(row["heuristic"] == 2 * row["fastest"] for row in rows)
+
+
+def _recorded() -> list[records.Record]:
+    return [r for r in records.latest(records.shipped()) if (r.chapter, r.device) == (OPT.id, "h200")]
+
+
+def _slowed(r: records.Record, factor: float) -> records.Record:
+    return replace(r, p20_us=factor * r.p20_us, p50_us=factor * r.p50_us, p80_us=factor * r.p80_us)
+
+
+def test_the_recorded_ratio_is_the_kernels_times_the_splits() -> None:
+    """Only if one split runs at the single pass's own shape is one factor the kernel's and the other the split's."""
+    ratios = {r.case: r.ratio for r in _recorded() if r.variant == "optimized"}
+    rows = split_model.recorded_rows(OPT, _recorded())
+    assert sorted(row["case"] for row in rows) == sorted(ratios) == sorted(MEASURED)
+    for row in rows:
+        params = OPT.cases[row["case"]].params
+        one = split_model.plan(params, "h200", splits=1)
+        assert one.launch == split_model.single_pass(params, "h200").launch, (row["case"], str(one.launch))
+        assert row["kernel"] * row["split, recorded"] == pytest.approx(ratios[row["case"]], rel=0.005), row
+        assert tuple(row) == split_model.RECORDED
+    assert {row["case"] for row in rows if row["FlashMLA / plan"] is None} == {n for n in MEASURED if "heads" in n}
+
+
+def test_a_full_machine_gains_nothing_from_a_second_split_in_the_records() -> None:
+    full = [row for row in split_model.recorded_rows(OPT, _recorded()) if row["splits"] == 1]
+    assert len(full) == 10
+    assert all(row["twice the splits / plan"] > 0.99 for row in full), full
+
+
+def test_a_variant_faster_than_the_plan_is_named_and_launches_that_are_the_same_are_the_spread() -> None:
+    spread, before = split_model.beaten_rows(OPT, _recorded())
+    assert 0 < spread < 0.01
+    faster = [_slowed(r, 0.5) if (r.case, r.variant) == ("pro-8", "twice the splits") else r for r in _recorded()]
+    same, after = split_model.beaten_rows(OPT, faster)
+    (added,) = [row for row in after if row not in before]
+    assert same == spread
+    assert (added["case"], added["variant"], added["splits"]) == ("pro-8", "twice the splits", "6 → 12"), added
+    slower = [_slowed(r, 1.5) if r.variant == "one split" else r for r in _recorded()]
+    assert split_model.beaten_rows(OPT, slower)[0] == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_without_records_nothing_is_said() -> None:
+    assert split_model.summary(OPT, []) == ""
+    assert split_model.beaten_rows(OPT, []) == (0.0, [])
+    elsewhere = [replace(r, device="cpu") for r in _recorded()]
+    assert split_model.recorded_rows(OPT, elsewhere) == []
