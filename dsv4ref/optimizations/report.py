@@ -62,7 +62,8 @@ def _row(opt: Optimization, case: str, device: str, method: str, variants: dict[
         "ratio_ci": [low, high],
         "noise_floor": floor,
         "predicted": opt.predict(opt.cases[case], device).ratio,
-        "claimed": "; ".join(f"{c.gain_percent:+.2f} % {c.unit}, {c.device}" for c in opt.claims) or None,
+        "claimed": "; ".join(f"{c.gain_percent:+.2f} % {c.unit.removeprefix('% ')}, {c.device}" for c in opt.claims)
+        or None,
         "peers": {n.removeprefix(PEER_PREFIX): us for n, us in others.items() if n.startswith(PEER_PREFIX)},
         "gate": optimized.gate,
         "stale": records.is_stale(optimized),
