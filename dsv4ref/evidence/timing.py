@@ -11,8 +11,8 @@ for writing back the lines that the flush left dirty. A sample of host time is o
 
 Every round runs all variants, and a second baseline, the twin; their ratio is the A/A ratio that gives the noise floor.
 The twin is a capture of its own, over buffers of its own where the caller built it anew: two captures of the same
-launches differ by where their memory lies, and two different variants never share a capture. A floor from two replays
-of one capture would leave that out.
+launches can differ by more than two replays of one, and two variants never share a capture. A floor from two replays of
+one capture would leave that out.
 """
 
 from __future__ import annotations
