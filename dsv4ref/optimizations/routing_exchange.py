@@ -386,24 +386,22 @@ def record_rows(measured: Sequence[Record]) -> list[dict[str, Any]]:
     names = {f"{FLASH.name}-{rows}": rows for rows in FLASH.rows}
     groups: dict[tuple[str, str, str], dict[str, Record]] = {}
     for record in records.latest(r for r in measured if r.chapter == CHAPTER and r.case in names):
-        groups.setdefault((record.device_name, record.case, record.method), {})[record.variant] = record
+        groups.setdefault((record.device, record.case, record.method), {})[record.variant] = record
     rows = []
     for (where, case, method), by in groups.items():
         best = by[MANY]
         rows.append(
             {
-                "devices": where,
+                "ranks": where,
                 "tokens": names[case],
                 "method": method,
                 "one rank, us": by[ONE].p50_us,
                 "all ranks, us": best.p50_us,
                 "round robin, us": by["round robin"].p50_us,
                 "exchange alone, us": by[ALONE].p50_us,
-                "ratio": best.ratio,
-                "95 %": [best.ratio_low, best.ratio_high],
+                "ratio [95 %]": f"{best.ratio:.3f} [{best.ratio_low:.3f}, {best.ratio_high:.3f}]",
                 "noise floor": best.noise_floor,
-                "date": best.date[:10],
-                "stale": any(records.is_stale(r) for r in by.values()),
+                "recorded": best.date[:10] + (", STALE" if any(records.is_stale(r) for r in by.values()) else ""),
             }
         )
     return rows

@@ -132,14 +132,15 @@ def test_a_row_per_batch_and_method_and_other_records_in_none() -> None:
     assert [first[f"{name}, us"] for name in ("one rank", "all ranks", "round robin", "exchange alone")] == [
         100.0, 60.0, 61.0, 20.0
     ]  # fmt: skip
-    assert (first["devices"], first["stale"]) == ("2 x NVIDIA H200", False)
+    assert (first["ranks"], first["recorded"]) == ("h200-x2", "2026-01-31")
+    assert first["ratio [95 %]"] == "1.667 [1.667, 1.667]"
     assert record_rows([]) == []
 
 
 def test_a_changed_kernel_makes_the_row_stale() -> None:
     lines = [line(name, p50) for name, p50 in FOUR]
     lines[3] = replace(lines[3], sources={**lines[3].sources, routing_exchange.MEASURED_MODULES[0]: "0" * 64})
-    assert [row["stale"] for row in record_rows(lines)] == [True]
+    assert [row["recorded"] for row in record_rows(lines)] == ["2026-01-31, STALE"]
 
 
 def test_the_scoreboard_of_one_gpu_leaves_them_out() -> None:
