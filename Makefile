@@ -46,7 +46,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Tensors of tests and tiny cases are small: a second BLAS thread costs more than it gives, most of all on a busy machine.
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
-NBVAL := -m pytest -v -p no:xdist --nbval-lax --nbval-current-env --nbval-cell-timeout=600
+NBVAL := -m pytest -v --nbval-lax --nbval-current-env --nbval-cell-timeout=600
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 SOURCES := $(shell find dsv4ref kernels -name '*.py' -o -name '*.jsonl' -o -name '*.safetensors')
 say = @printf '\n== %s\n' "$(1)"
@@ -121,7 +121,8 @@ clean: ## remove the environment, the built book, caches
 
 notebooks: $(READY)
 	$(call say,Notebooks: each runs from a fresh kernel)
-	@$(ONE_THREAD) $(PY) $(NBVAL) notebooks/
+	@# Several at a time where the tests are, each notebook in one process.
+	@workers="$$($(PY) -c "$$WORKERS")"; $(ONE_THREAD) $(PY) $(NBVAL) $$workers $${workers:+--dist loadfile} notebooks/
 	@mkdir -p build && touch build/notebooks.passed
 
 # What passed under `make test` is not run again by `make workbook` while nothing it depends on has changed.
