@@ -6,8 +6,8 @@ The command line and the notebooks show the same rows.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,11 +27,13 @@ __all__ = [
     "isa_rows",
     "measurements",
     "prediction_rows",
+    "progress",
     "residual_rows",
     "where",
 ]
 
 _TARGETS = ("mi300x", "mi355x", "h200")
+_Item = TypeVar("_Item")
 
 
 def facts() -> dict[str, str]:
@@ -78,7 +80,7 @@ def comparison_rows(opt: Optimization, cases: Iterable[str] | None = None) -> li
     names = [name for name, case in opt.cases.items() if case.tiny] if cases is None else list(cases)
     seed = settings.get("DSV4REF_SEED")
     rows = []
-    for name in _progress(names, "gate"):
+    for name in progress(names, "gate"):
         for c in base.verify(opt, name, device=where(), seed=seed).comparisons:
             rows.append(
                 {
@@ -208,7 +210,7 @@ def measurements(opt: Optimization, cases: Iterable[str] | None = None) -> tuple
         seed, run = settings.get("DSV4REF_SEED"), records.new_run()
         live = [
             r
-            for name in _progress(wanted, "measuring")
+            for name in progress(wanted, "measuring")
             for r in measure.measure_case(opt, opt.case(name), seed=seed, run=run)
         ]
         return f"measured live on {device.current().name}", live
@@ -226,15 +228,23 @@ def measurements(opt: Optimization, cases: Iterable[str] | None = None) -> tuple
 def isa_rows(opt: Optimization, archs: Sequence[str] = ("gfx942", "gfx950")) -> list[dict[str, Any]]:
     """Cross-compile the chapter's kernels and read registers, spills, LDS, waves and MFMA from the ISA."""
     return [
-        row.as_json() for arch in _progress(archs, "compiling") for row in isa.compile_rows(opt.kernels(arch), (arch,))
+        row.as_json() for arch in progress(archs, "compiling") for row in isa.compile_rows(opt.kernels(arch), (arch,))
     ]
 
 
-def _progress(items: Sequence[str], what: str) -> Iterable[str]:
-    """The items; in a notebook with a bar, if they take over two seconds. The command line prints rows instead."""
+def progress(items: Iterable[_Item], what: str) -> Iterable[_Item]:
+    """The items; in a notebook with a bar once they take over two seconds, gone when they are done.
+
+    The command line prints rows instead.
+
+    Args:
+        items: what a loop goes through.
+        what: names the bar.
+    """
     if "ipykernel" not in sys.modules:
         return items
     from tqdm import tqdm
 
-    bar: Iterable[str] = tqdm(items, desc=what, delay=2, leave=False)
+    known = items if isinstance(items, Sized) else list(items)
+    bar: Iterable[_Item] = tqdm(known, desc=what, delay=2, leave=False)
     return bar
