@@ -11,7 +11,7 @@ import pytest
 
 from dsv4ref.device import get_device
 from dsv4ref.evidence.roofline import Bound
-from dsv4ref.kernels.sparse_mla.launch import select_launch
+from dsv4ref.kernels.sparse_mla.launch import LaunchShape, select_launch
 from dsv4ref.optimizations import decode_model
 from dsv4ref.show.roofline import SIDES, roofline_explorer
 
@@ -54,6 +54,19 @@ def test_times_and_the_binding_side_are_the_models(device: str, heads: int) -> N
         ordered = sorted(bound.sides_us.values())
         line = next(part for part in text.split(". ") if part.startswith(f"{kind},"))
         assert f": {sides}; bound by {SIDES[bound.side][0]}, {ordered[-1] / ordered[-2]:.2f} times" in line, kind
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_key_costs_the_vector_units_what_the_decode_model_says(device: str) -> None:
+    spec, shape = get_device(device), LaunchShape(16, 32, 8)  # one resident workgroup
+    units, tflops = spec.compute_units, spec.bf16_tflops
+    assert units is not None
+    assert tflops is not None
+    # One row on every unit; 17 and 32 keys are one tile, so that waiting for memory drops out.
+    few, many = (decode_model.decode_time_us(params(units, 16, keys, 0), shape, spec) for keys in (17, 32))
+    matrix_us = 4 * 16 * 512 / (1e6 * tflops / units)
+    level = decode_model.dequantisation(params(units, 16, 1, 0), spec)
+    assert 1e6 * level.bytes / level.bytes_per_s == pytest.approx((many - few) / 15 - matrix_us, rel=1e-9)
 
 
 def test_all_three_sides_bind_somewhere() -> None:
@@ -122,9 +135,7 @@ def test_everything_stays_on_the_page() -> None:
         for device in DEVICES:
             svg = roofline_explorer(rows, heads, topk, context, device)
             height = float(svg.split('viewBox="0 0 640 ')[1].split('"')[0])
-            for x, y, wide, tall in re.findall(
-                r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="(14)"', svg
-            ):
+            for x, y, wide, tall in re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="(14)"', svg):
                 assert float(x) + float(wide) <= 460
                 assert float(y) + float(tall) <= height
             for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)[:2]:
