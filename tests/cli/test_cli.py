@@ -260,7 +260,12 @@ def test_notebooks_check_fails_on_what_is_off_and_fix_mends_what_it_can(run: Run
 
 def test_the_lab_prints_an_address_that_leads_to_the_start_notebook(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "call", lambda command, env: started.append(command) or 0)
+
+    def call(command: list[str], env: Mapping[str, str]) -> int:
+        started.append(command)
+        return 0
+
+    monkeypatch.setattr(subprocess, "call", call)
     monkeypatch.chdir(REPOSITORY)
     assert run("lab", "--no-browser").code == 0
     start = Path("notebooks", "00_start_here.ipynb")
