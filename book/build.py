@@ -18,6 +18,8 @@ sys.path.insert(0, str(BOOK))
 
 from bookkit import stage, vendor  # noqa: E402  (bookkit sits beside this script)
 
+STOPPED = 2  # Sphinx's exit status after an exception; warnings give 1
+
 
 def jobs_here() -> int:
     """How many notebooks run at a time: up to four, one per core; one where a GPU is, which some of them time."""
@@ -57,11 +59,16 @@ def build(notebooks: Path, out: Path, jobs: int = 1) -> int:
     stage.prune(out / "source", out / "html")
     print(f"{len(chapters)} chapters:", ", ".join(chapter.path.stem for chapter in chapters))
     # -W turns warnings into a failing status; --keep-going (implied since Sphinx 8.1) shows all of them first.
-    options = ["-W", "--keep-going", "-b", "html", "-c", str(BOOK), "-d", str(out / "doctrees"), "-j", str(jobs)]
+    options = ["-W", "--keep-going", "-b", "html", "-c", str(BOOK), "-d", str(out / "doctrees")]
     cache = out / ".jupyter_cache"
     assert get_cache(cache).db is not None  # makes it, once: processes that find none would each create its tables
     options += ["-D", f"nb_execution_cache_path={cache}"]
-    return sphinx_build([*options, str(out / "source"), str(out / "html")])
+    places = [str(out / "source"), str(out / "html")]
+    status = sphinx_build([*options, "-j", str(jobs), *places])
+    if status == STOPPED and jobs > 1:
+        print("a process that stops takes its messages along; once more in one process, for what it has to say:")
+        sphinx_build([*options, "-j", "1", *places])
+    return status
 
 
 def main(arguments: list[str] | None = None) -> int:
