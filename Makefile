@@ -16,7 +16,7 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$p" && break; done)
 OUT := records
 # JupyterLab refuses to run as root, which is what one is in most GPU containers.
-LAB_ARGS := $(if $(filter 0,$(shell id -u)),--allow-root)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # PyTorch's own index has the build without gigabytes of CUDA; PyPI's torch is the CUDA build.
 TORCH_DEFAULT := $(shell sed -n 's/^torch==.*/&+cpu/p' constraints.txt)
@@ -46,7 +46,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Tensors of tests and tiny cases are small: a second BLAS thread costs more than it gives, most of all on a busy machine.
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
-NBVAL := -m pytest -v -p no:xdist --nbval-lax --nbval-current-env --nbval-cell-timeout=600
+NBVAL := -m pytest -v --nbval-lax --nbval-current-env --nbval-cell-timeout=600
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 SOURCES := $(shell find dsv4ref kernels -name '*.py' -o -name '*.jsonl' -o -name '*.safetensors')
 say = @printf '\n== %s\n' "$(1)"
@@ -59,7 +59,7 @@ help: ## this list
 	@echo "Choices (VENV, PYTHON, TORCH, ...) are at the top of the Makefile and in README.md."
 
 lab: $(READY) ## set up .venv and open JupyterLab at the start notebook
-	@$(PY) -m dsv4ref lab $(LAB_ARGS)
+	@$(PY) -m dsv4ref lab $(AS_ROOT) $(LAB_ARGS)
 
 workbook: $(READY) build/notebooks.passed book ## headless: run every notebook, build the book, print the scoreboard
 	$(call say,Scoreboard)
@@ -105,6 +105,7 @@ figure: $(READY) ## draw README-figure.svg from the shipped records
 	@$(PY) book/readme_figure.py
 
 setup: $(READY) ## only set up the environment
+	@echo "Ready: make lab$(if $(filter none,$(VENV)), VENV=none,; or . $(VENV)/bin/activate and dsv4ref doctor)"
 
 wheelhouse: $(READY) ## collect every wheel of the environment, for a machine without network
 	@mkdir -p wheelhouse
@@ -121,7 +122,8 @@ clean: ## remove the environment, the built book, caches
 
 notebooks: $(READY)
 	$(call say,Notebooks: each runs from a fresh kernel)
-	@$(ONE_THREAD) $(PY) $(NBVAL) notebooks/
+	@# Several at a time where the tests are, each notebook in one process.
+	@workers="$$($(PY) -c "$$WORKERS")"; $(ONE_THREAD) $(PY) $(NBVAL) $$workers $${workers:+--dist loadfile} notebooks/
 	@mkdir -p build && touch build/notebooks.passed
 
 # What passed under `make test` is not run again by `make workbook` while nothing it depends on has changed.

@@ -18,6 +18,16 @@ sys.path.insert(0, str(BOOK))
 
 from bookkit import stage, vendor  # noqa: E402  (bookkit sits beside this script)
 
+STOPPED = 2  # Sphinx's exit status after an exception; warnings give 1
+
+
+def jobs_here() -> int:
+    """How many notebooks run at a time: up to four, one per core; one where a GPU is, which some of them time."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if torch.cuda.is_available() else min(4, cores)
+
 
 def build(notebooks: Path, out: Path, jobs: int = 1) -> int:
     """Vendor, stage, execute and render.
@@ -34,6 +44,7 @@ def build(notebooks: Path, out: Path, jobs: int = 1) -> int:
         ValueError: the notebooks are not as expected.
         VendorError: the JavaScript is neither there nor to be had.
     """
+    from jupyter_cache import get_cache
     from sphinx.cmd.build import main as sphinx_build
 
     fetched = vendor.ensure(vendor.read_table(BOOK / "vendor.json"), BOOK / "_static" / "vendor")
@@ -48,9 +59,16 @@ def build(notebooks: Path, out: Path, jobs: int = 1) -> int:
     stage.prune(out / "source", out / "html")
     print(f"{len(chapters)} chapters:", ", ".join(chapter.path.stem for chapter in chapters))
     # -W turns warnings into a failing status; --keep-going (implied since Sphinx 8.1) shows all of them first.
-    options = ["-W", "--keep-going", "-b", "html", "-c", str(BOOK), "-d", str(out / "doctrees"), "-j", str(jobs)]
-    options += ["-D", f"nb_execution_cache_path={out / '.jupyter_cache'}"]
-    return sphinx_build([*options, str(out / "source"), str(out / "html")])
+    options = ["-W", "--keep-going", "-b", "html", "-c", str(BOOK), "-d", str(out / "doctrees")]
+    cache = out / ".jupyter_cache"
+    assert get_cache(cache).db is not None  # makes it, once: processes that find none would each create its tables
+    options += ["-D", f"nb_execution_cache_path={cache}"]
+    places = [str(out / "source"), str(out / "html")]
+    status = sphinx_build([*options, "-j", str(jobs), *places])
+    if status == STOPPED and jobs > 1:
+        print("a process that stops takes its messages along; once more in one process, for what it has to say:")
+        sphinx_build([*options, "-j", "1", *places])
+    return status
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,10 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the book.")
     parser.add_argument("--notebooks", type=Path, default=BOOK.parent / "notebooks", help="folder of NN_id.ipynb files")
     parser.add_argument("--out", type=Path, default=BOOK / "_build", help="output folder (OUT/html is the site)")
-    parser.add_argument("--jobs", type=int, default=1, help="Sphinx processes")
+    parser.add_argument("--jobs", type=int, help="Sphinx processes (by default as many as cores, four at most)")
     options = parser.parse_args(arguments)
+    jobs = jobs_here() if options.jobs is None else options.jobs
     try:
-        status = build(options.notebooks.resolve(), options.out.resolve(), options.jobs)
+        status = build(options.notebooks.resolve(), options.out.resolve(), jobs)
     except (ValueError, vendor.VendorError) as error:
         print(f"book: {error}", file=sys.stderr)
         return 2

@@ -418,7 +418,9 @@ def lab(
         _refuse(f"--folder: no {start.name} in {folder}, expected the notebooks folder of a checkout")
     if shutil.which("jupyter-lab", path=str(Path(sys.executable).parent)) is None:
         _refuse("JupyterLab is not installed here; expected dsv4ref with its lab extra: pip install -e .[lab]")
-    command = [sys.executable, "-m", "jupyterlab", str(start), *context.args]
+    # The file is for the browser that opens by itself, the address for the link that is printed for any other.
+    address = f"--LabApp.default_url=/lab/tree/{start.name}"
+    command = [sys.executable, "-m", "jupyterlab", str(start), address, *context.args]
     # As under make test: on tensors this small a second thread costs more than it gives, most of all on a busy machine.
     raise typer.Exit(subprocess.call(command, env={"OMP_NUM_THREADS": "1"} | os.environ))
 

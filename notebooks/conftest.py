@@ -2,8 +2,8 @@
 
     pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks/
 
-Cells of a notebook share one kernel and run in order, so that the run is serial. The timeout per cell is nbval's own
-option.
+Cells of a notebook share one kernel and run in order, so that with pytest-xdist a notebook has to stay in one process:
+``-n 2 --dist loadfile``. The timeout per cell is nbval's own option.
 """
 
 import os
@@ -15,13 +15,14 @@ from dsv4ref.device import capabilities, unmet
 from dsv4ref.notebooks import NotebookError, requires
 
 HERE = Path(__file__).parent
+WHOLE_FILES = ("loadfile", "loadscope")  # how pytest-xdist keeps a file in one process
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not (config.getoption("nbval", False) or config.getoption("nbval_lax", False)):
         return
-    if config.getoption("numprocesses", None):
-        raise pytest.UsageError("notebooks run serially: cells of one notebook share a kernel; leave out -n")
+    if config.getoption("numprocesses", None) and config.getoption("dist") not in WHOLE_FILES:
+        raise pytest.UsageError("cells of one notebook share a kernel: add --dist loadfile, or leave out -n")
     # The kernel sets its own inline backend unless the shell, or a test run around this one, has set another.
     os.environ.pop("MPLBACKEND", None)
 

@@ -124,13 +124,20 @@ def test_a_misspelt_capability_stops_the_run_instead_of_skipping(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("option", "workers", "refused"), [("nbval_lax", 2, True), ("nbval_lax", 0, False), ("", 2, False)]
+    ("option", "workers", "dist", "refused"),
+    [
+        ("nbval_lax", 2, "load", True),
+        ("nbval_lax", 2, "worksteal", True),
+        ("nbval_lax", 2, "loadfile", False),
+        ("nbval_lax", 0, "no", False),
+        ("", 2, "load", False),
+    ],
 )
-def test_notebooks_are_not_spread_over_processes(
-    option: str, workers: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_notebook_is_not_spread_over_processes(
+    option: str, workers: int, dist: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MPLBACKEND", "agg")  # restored whatever the conftest does to it
-    options = {option: True, "numprocesses": workers}
-    config = SimpleNamespace(getoption=lambda name, default: options.get(name, default))
-    with pytest.raises(pytest.UsageError, match="serially") if refused else nullcontext():
+    options = {option: True, "numprocesses": workers, "dist": dist}
+    config = SimpleNamespace(getoption=lambda name, default=None: options.get(name, default))
+    with pytest.raises(pytest.UsageError, match="add --dist loadfile") if refused else nullcontext():
         load(tmp_path).pytest_configure(config)

@@ -224,6 +224,10 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     stages = re.findall(r"^stage (.+)$", text, re.MULTILINE)
     assert {"make lint", "make test", "make workbook"} <= set(stages)
     assert stages.index("make lint") < stages.index("make test")
+    assert re.findall(r'"\S+(dsv4ref [^"]+)"', text) == [
+        "dsv4ref hazards --device cpu",
+        "dsv4ref verify --cases all --device cpu",
+    ]
     timed = dict(re.findall(r"^within (\d+) (?:env \S+ )?(.+)$", text, re.MULTILINE))
     assert timed == {"360": "first_chapter", "600": ".venv/bin/python book/build.py"}
 
@@ -238,6 +242,28 @@ def test_ci_stops_at_a_stage_that_takes_too_long(limit: int, status: int) -> Non
     assert done.returncode == status, done.stderr
     assert ("went on" in done.stdout) == (status == 0)
     assert bool(re.search(r"sleep 1\.1 took \d s, expected at most 0", done.stderr)) == (status == 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("echo one", "echo two"), ("false", "echo two"), ("echo one", "false"), ("false", "false")]
+)
+def test_ci_stops_when_either_of_two_commands_fails(first: str, second: str) -> None:
+    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (function,) = re.findall(r"^beside\(\) \{\n.*?^\}$", text, re.MULTILINE | re.DOTALL)
+    script = "\n".join(["set -euo pipefail", "times=", function, f'beside "{first}" "{second}"', "echo went on"])
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    failing = [command for command in (first, second) if command == "false"]
+    assert done.stderr.splitlines() == [f"failed: {command}" for command in failing]
+    assert (done.returncode == 0) == (not failing) == ("went on" in done.stdout)
+    for command, printed in ((first, "one"), (second, "two")):
+        assert (printed in done.stdout.splitlines()) == (command != "false")
+
+
+@needs_make
+def test_notebooks_run_several_at_a_time_and_each_in_one_process() -> None:
+    steps = make("-n", "notebooks", "VENV=none")
+    assert "${workers:+--dist loadfile} notebooks/" in steps
+    assert "no:xdist" not in steps
 
 
 # Written in pieces, so that this file does not hold what it looks for. Tests of bad paths may show the home of "me".

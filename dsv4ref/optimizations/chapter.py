@@ -6,8 +6,8 @@ The command line and the notebooks show the same rows.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,11 +28,13 @@ __all__ = [
     "isa_rows",
     "measurements",
     "prediction_rows",
+    "progress",
     "residual_rows",
     "where",
 ]
 
 _TARGETS = ("mi300x", "mi355x", "h200")
+_Item = TypeVar("_Item")
 
 
 def facts() -> dict[str, str]:
@@ -79,7 +81,7 @@ def comparison_rows(opt: Optimization, cases: Iterable[str] | None = None) -> li
     names = [name for name, case in opt.cases.items() if case.tiny] if cases is None else list(cases)
     seed = settings.get("DSV4REF_SEED")
     rows = []
-    for name in _progress(names, "gate"):
+    for name in progress(names, "gate"):
         for c in base.verify(opt, name, device=where(), seed=seed).comparisons:
             rows.append(
                 {
@@ -219,7 +221,7 @@ def _measurements(
     wanted = [c.name for c in opt.cases.values() if c.measured] if cases is None else list(cases)
     if kernels.mode() == "compiled" and torch.cuda.is_available() and opt.recorded_by == "measure":
         seed, run = settings.get("DSV4REF_SEED"), records.new_run()
-        live = [r for name in _progress(wanted, "measuring") for r in take(opt, opt.case(name), seed=seed, run=run)]
+        live = [r for name in progress(wanted, "measuring") for r in take(opt, opt.case(name), seed=seed, run=run)]
         return f"measured live on {device.current().name}", live
     shipped = records.latest(records.shipped(extra=settings.get("DSV4REF_RECORDS")))
     kept = [r for r in shipped if r.chapter == opt.id and r.case in wanted and (r.method == records.HOST) is host]
@@ -236,15 +238,23 @@ def _measurements(
 def isa_rows(opt: Optimization, archs: Sequence[str] = ("gfx942", "gfx950")) -> list[dict[str, Any]]:
     """Cross-compile the chapter's kernels and read registers, spills, LDS, waves and MFMA from the ISA."""
     return [
-        row.as_json() for arch in _progress(archs, "compiling") for row in isa.compile_rows(opt.kernels(arch), (arch,))
+        row.as_json() for arch in progress(archs, "compiling") for row in isa.compile_rows(opt.kernels(arch), (arch,))
     ]
 
 
-def _progress(items: Sequence[str], what: str) -> Iterable[str]:
-    """The items; in a notebook with a bar, if they take over two seconds. The command line prints rows instead."""
+def progress(items: Iterable[_Item], what: str) -> Iterable[_Item]:
+    """The items; in a notebook with a bar once they take over two seconds, gone when they are done.
+
+    The command line prints rows instead.
+
+    Args:
+        items: what a loop goes through.
+        what: names the bar.
+    """
     if "ipykernel" not in sys.modules:
         return items
     from tqdm import tqdm
 
-    bar: Iterable[str] = tqdm(items, desc=what, delay=2, leave=False)
+    known = items if isinstance(items, Sized) else list(items)
+    bar: Iterable[_Item] = tqdm(known, desc=what, delay=2, leave=False)
     return bar

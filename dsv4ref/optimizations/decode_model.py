@@ -22,7 +22,7 @@ from typing import Any
 from dsv4ref import device
 from dsv4ref.device import DeviceSpec
 from dsv4ref.evidence.isa import CompileRequest
-from dsv4ref.evidence.roofline import Bound
+from dsv4ref.evidence.roofline import Bound, Level
 from dsv4ref.formats import Dialect
 from dsv4ref.formats.kv_cache import ENTRY_BYTES, HEAD_DIM
 from dsv4ref.kernels.codes import decode_mode
@@ -33,6 +33,7 @@ __all__ = [
     "compile_request",
     "decode_flops",
     "decode_time_us",
+    "dequantisation",
     "key_bytes",
     "least_bytes",
     "spec_for",
@@ -47,6 +48,7 @@ _TRIPS_PER_TILE = 2
 _LANES = 128
 _INSTRUCTIONS_PER_CODE = 12
 _CLOCK_GHZ = 1.8
+_DECODE_US_PER_KEY = HEAD_DIM * _INSTRUCTIONS_PER_CODE / (_LANES * _CLOCK_GHZ * 1e3)  # of one compute unit
 _RESIDENT_WAVES = 8
 _SMALLEST_MATRIX_TILE = 16
 
@@ -87,6 +89,23 @@ def bound(params: Mapping[str, Any], spec: DeviceSpec) -> Bound:
     return Bound(least_bytes(params), decode_flops(params), spec.bandwidth_tb_s * 1e12, spec.bf16_tflops * 1e12)
 
 
+def dequantisation(params: Mapping[str, Any], spec: DeviceSpec) -> Level:
+    """The vector units as one more side of the bound: the codes of every key, decoded once per row.
+
+    A launch whose workgroups hold fewer heads than the row has decodes them once per head block: this is the least.
+
+    Args:
+        params: rows, swa, extra.
+        spec: a card with published compute units.
+
+    Returns:
+        the level "dequantisation": 512 bytes a key, at the rate of all units under the model's instructions per code.
+    """
+    assert spec.compute_units is not None
+    rate = 1e6 * spec.compute_units * HEAD_DIM / _DECODE_US_PER_KEY
+    return Level("dequantisation", params["rows"] * _keys(params) * HEAD_DIM, rate)
+
+
 def decode_time_us(params: Mapping[str, Any], shape: LaunchShape, spec: DeviceSpec) -> float:
     """Modelled microseconds of one decode launch; see the module docstring for the model."""
     assert spec.compute_units is not None
@@ -94,11 +113,10 @@ def decode_time_us(params: Mapping[str, Any], shape: LaunchShape, spec: DeviceSp
     resident = max(1, _RESIDENT_WAVES // shape.num_warps)
     rounds = -(-shape.workgroups(params["rows"], params["heads"]) // (spec.compute_units * resident))
     tiles = sum(-(-params[scope] // shape.block_k) for scope in ("swa", "extra") if params[scope])
-    decode_us = HEAD_DIM * _INSTRUCTIONS_PER_CODE / (_LANES * _CLOCK_GHZ * 1e3)
     matrix_flops = 4 * max(shape.block_h, _SMALLEST_MATRIX_TILE) * HEAD_DIM
     matrix_us = matrix_flops / (spec.bf16_tflops * 1e6 / spec.compute_units)
     per_tile = tiles * _TRIPS_PER_TILE * _MEMORY_TRIP_US
-    return rounds * (per_tile + resident * _keys(params) * (decode_us + matrix_us))
+    return rounds * (per_tile + resident * _keys(params) * (_DECODE_US_PER_KEY + matrix_us))
 
 
 def _keys(params: Mapping[str, Any]) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from dsv4ref.accuracy import score
 from dsv4ref.accuracy.task import TASK
 from dsv4ref.config import V3_2, V4_FLASH, RouterConfig
+from dsv4ref.optimizations import chapter
 from dsv4ref.optimizations.router_band import decide
 from dsv4ref.ref.numerics import STRUCTURE
 from dsv4ref.ref.router import route_grouped_ref, route_learned_ref
@@ -135,8 +136,8 @@ def accuracy_rows(offsets: Sequence[float] = OFFSETS, sequences: int = 6, seed: 
     examples = replace(TASK.examples(sequences, seed), tail=TASK.length)
     model = score.load_model(STRUCTURE)
     right = score.accuracy(score.plain(model), examples)
-    rows = []
-    for offset, dtype in ((max(offsets), torch.float32), *((offset, torch.bfloat16) for offset in offsets)):
+    rows, ways = [], [(max(offsets), torch.float32), *((offset, torch.bfloat16) for offset in offsets)]
+    for offset, dtype in chapter.progress(ways, "scoring"):
         moved = score.router_bias(model, offset, dtype).model
         biases = [t for name, t in moved.tensors.items() if name.endswith("ffn.gate.bias")]
         found = score.accuracy(score.plain(moved), examples)

@@ -33,7 +33,7 @@ from dsv4ref.ref.norms import head_norm_ref, rms_norm_ref
 from dsv4ref.ref.numerics import Numerics, bf16_round_trip, fp8_round_trip
 from dsv4ref.ref.projection import grouped_projection_ref
 from dsv4ref.ref.rope import layer_frequencies, rotate_back_ref, rotate_ref
-from dsv4ref.ref.state import LayerState, Rows
+from dsv4ref.ref.state import LayerState, PlainRows, Rows
 from dsv4ref.ref.weights import Weights
 
 __all__ = [
@@ -268,13 +268,28 @@ def attention_ref(
 
     sink = weights.tensor("attn_sink")
     o = torch.zeros_like(q)  # [T, H, d]
+    window, compressed = _read(state, positions, config, numerics.dtype)
     for t, p in enumerate(positions.tolist()):
-        keys = _row_keys(state.window, state.compressed, selected[t], p, config, numerics.dtype)
+        keys = _row_keys(window, compressed, selected[t], p, config, numerics.dtype)
         o[t] = attend_row_ref(q[t], keys, sink, config.softmax_scale)
     y = output_ref(numerics.round(o), weights, positions, freqs, config, numerics)
 
     end = int(positions[-1]) + 1
     return y, replace(state, window=state.window.forget(end - config.window_size))
+
+
+def _read(state: LayerState, positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Rows, Rows | None]:
+    """The rows that several queries share, dequantised once; a single query reads its own from the caches."""
+    if positions.shape[0] == 1:
+        return state.window, state.compressed
+    first = max(0, int(positions[0]) - config.window_size + 1)
+    window = PlainRows(
+        state.window.gather(torch.arange(first, state.window.end, device=positions.device), dtype), first
+    )
+    if state.compressed is None:
+        return window, None
+    entries = torch.arange(state.compressed.end, device=positions.device)
+    return window, PlainRows(state.compressed.gather(entries, dtype))
 
 
 def _row_keys(

@@ -1,4 +1,4 @@
-"""The colours that the book gives to listings are readable on its two grounds, and leave none of them out."""
+"""Colours of listings and of the roofline stand out from the book's two grounds, and no tone is left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4ref.show import source
+from dsv4ref.show import roofline, source
 
 CSS = (Path(__file__).resolve().parents[2] / "book" / "_static" / "book.css").read_text(encoding="utf-8")
 RULE = re.compile(
@@ -15,6 +15,7 @@ RULE = re.compile(
 )
 GROUNDS = {"light": "#ffffff", "dark": "#121212"}  # the theme's --pst-color-background
 AA = 4.5
+AA_PICTURE = 3.0  # lines and bars, which have their names beside them
 
 
 def luminance(colour: str) -> float:
@@ -36,6 +37,12 @@ def test_every_tone_of_a_listing_has_a_readable_one_in_the_book(theme: str) -> N
     assert given.keys() == {tone.lower() for tone in tones}
     weak = {colour: contrast(colour, GROUNDS[theme]) for colour in given.values()}
     assert {colour: ratio for colour, ratio in weak.items() if ratio < AA} == {}
+
+
+@pytest.mark.parametrize("theme", GROUNDS)
+def test_the_roofs_stand_out(theme: str) -> None:
+    weak = {name: contrast(colour, GROUNDS[theme]) for name, colour in roofline.SIDES.values()}
+    assert {name: ratio for name, ratio in weak.items() if ratio < AA_PICTURE} == {}
 
 
 def test_contrast_is_the_standards() -> None:

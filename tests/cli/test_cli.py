@@ -258,6 +258,22 @@ def test_notebooks_check_fails_on_what_is_off_and_fix_mends_what_it_can(run: Run
     assert "stray" not in source.read_text(encoding="utf-8")
 
 
+def test_the_lab_prints_an_address_that_leads_to_the_start_notebook(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def call(command: list[str], env: Mapping[str, str]) -> int:
+        started.append(command)
+        return 0
+
+    monkeypatch.setattr(subprocess, "call", call)
+    monkeypatch.chdir(REPOSITORY)
+    assert run("lab", "--no-browser").code == 0
+    start = Path("notebooks", "00_start_here.ipynb")
+    lab, flags = [sys.executable, "-m", "jupyterlab"], [f"--LabApp.default_url=/lab/tree/{start.name}", "--no-browser"]
+    assert started == [[*lab, str(start), *flags]]
+    assert start.is_file()
+
+
 def test_a_ladder_rehearses_on_a_cpu_and_says_so_in_every_row(run: Run, tmp_path: Path) -> None:
     arguments = (
         "ladder",
