@@ -153,7 +153,7 @@ def vllm_sparse_decode(
 
 
 @contextlib.contextmanager
-def _as_on_gfx942(module: ModuleType) -> Iterator[None]:
+def _as_on_gfx942(module: Any) -> Iterator[None]:
     """Elsewhere the module's entry takes a single pass."""
     before = module._ON_GFX942
     module._ON_GFX942 = True
