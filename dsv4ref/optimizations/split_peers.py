@@ -15,7 +15,7 @@ from dsv4ref.optimizations import prefill_inputs
 from dsv4ref.optimizations.base import Optimization
 from dsv4ref.optimizations.report import PEER_PREFIX
 
-__all__ = ["GOALS", "GROUPS", "peer_means", "peer_rows", "prompt_rows"]
+__all__ = ["BESIDE", "GOALS", "GROUPS", "MEANS", "PROMPTS", "group_of", "peer_means", "peer_rows", "prompt_rows"]
 
 GROUPS = ("all heads", "slices", "prompts")
 """What is averaged together: decode of all heads, of a tensor-parallel slice's, and a prompt's chunk."""
@@ -27,6 +27,19 @@ GOALS: Mapping[tuple[str, str, str], float] = {
     ("prompts", "bf16 keys", FLASHMLA_PREFILL): 0.5,
 }
 """What this workbook aims at, by group, our variant and peer: the peer's time over ours. Goals, from no source."""
+
+_DECODES = (FLASHMLA, VLLM_TRITON)
+BESIDE = (
+    "case", "device", "group", "plan, us",
+    *(f"{name}, us" for name in _DECODES),
+    *(f"{name} / plan" for name in _DECODES),
+)  # fmt: skip
+"""Columns of `peer_rows`."""
+_OURS = ("optimized", "bf16 keys")
+PROMPTS = ("case", "device", "variant", "us", "TFLOP/s", "bound, %", f"{FLASHMLA_PREFILL} / this")
+"""Columns of `prompt_rows`."""
+MEANS = ("device", "group", "ours", "peer", "cases", "peer / ours", "from", "to", "aimed at")
+"""Columns of `peer_means`."""
 
 _SLICE_HEADS = 32
 
@@ -46,20 +59,17 @@ def peer_rows(opt: Optimization, measured: Iterable[Record]) -> list[dict[str, A
         measured: its records.
 
     Returns:
-        Rows ``{case, device, group, plan us}`` and, of each decode peer that any case has, its microseconds and their
-        ratio to the plan's; None where a peer does not take the case.
+        Rows with the columns of `BESIDE`; None where a peer does not take the case.
     """
-    times = {key: seen for key, seen in _times(measured).items() if group_of(opt.case(key[0]).params) != "prompts"}
-    present = [name for name in (FLASHMLA, VLLM_TRITON) if any(PEER_PREFIX + name in seen for seen in times.values())]
     found = []
-    for (case, device), seen in times.items():
-        line: dict[str, Any] = {"case": case, "device": device, "group": group_of(opt.case(case).params)}
-        line["plan, us"] = seen["optimized"].p50_us
-        for name in present:
-            peer = seen.get(PEER_PREFIX + name)
-            line[f"{name}, us"] = None if peer is None else peer.p50_us
-            line[f"{name} / plan"] = None if peer is None else peer.p50_us / seen["optimized"].p50_us
-        found.append(line)
+    for (case, device), seen in _times(measured).items():
+        group = group_of(opt.case(case).params)
+        if group == "prompts":
+            continue
+        plan, peers = seen["optimized"].p50_us, [seen.get(PEER_PREFIX + name) for name in _DECODES]
+        times = [None if peer is None else peer.p50_us for peer in peers]
+        ratios = [None if us is None else us / plan for us in times]
+        found.append(dict(zip(BESIDE, (case, device, group, plan, *times, *ratios), strict=True)))
     return found
 
 
@@ -69,8 +79,7 @@ def prompt_rows(opt: Optimization, measured: Iterable[Record]) -> list[dict[str,
     Args: as `peer_rows`.
 
     Returns:
-        Rows ``{case, device, variant, us, TFLOP/s, bound, %, FlashMLA prefill / this}``, a row per variant; the bound
-        is the roofline of the roofs measured in the same run.
+        Rows with the columns of `PROMPTS`, one per variant; the bound is the roofline on measured roofs.
     """
     found = []
     for (case, device), seen in _times(measured).items():
@@ -78,17 +87,9 @@ def prompt_rows(opt: Optimization, measured: Iterable[Record]) -> list[dict[str,
             continue
         peer = seen.get(PEER_PREFIX + FLASHMLA_PREFILL)
         for variant, r in seen.items():
-            found.append(
-                {
-                    "case": case,
-                    "device": device,
-                    "variant": variant,
-                    "us": r.p50_us,
-                    "TFLOP/s": r.flops / r.p50_us / 1e6,
-                    "bound, %": None if r.bound_us is None else 100 * r.bound_us / r.p50_us,
-                    f"{FLASHMLA_PREFILL} / this": None if peer is None else peer.p50_us / r.p50_us,
-                }
-            )
+            rate, bound = r.flops / r.p50_us / 1e6, None if r.bound_us is None else 100 * r.bound_us / r.p50_us
+            ratio = None if peer is None else peer.p50_us / r.p50_us
+            found.append(dict(zip(PROMPTS, (case, device, variant, r.p50_us, rate, bound, ratio), strict=True)))
     return found
 
 
@@ -100,30 +101,22 @@ def peer_means(opt: Optimization, measured: Iterable[Record]) -> list[dict[str, 
     Args: as `peer_rows`.
 
     Returns:
-        Rows ``{device, group, ours, peer, cases, peer / ours, from, to, aimed at}``, the last None without a goal.
+        Rows with the columns of `MEANS`; "aimed at" is None where there is no goal.
     """
     ratios: dict[tuple[str, str, str, str], list[float]] = {}
-    for (case, device), seen in _times(measured).items():
+    for (case, device), times in _times(measured).items():
         group = group_of(opt.case(case).params)
-        for ours in ("optimized", "bf16 keys"):
-            for peer in (name for name in seen if ours in seen and name.startswith(PEER_PREFIX)):
+        for ours in _OURS:
+            for peer in (name for name in times if ours in times and name.startswith(PEER_PREFIX)):
                 key = (device, group, ours, peer.removeprefix(PEER_PREFIX))
-                ratios.setdefault(key, []).append(seen[peer].p50_us / seen[ours].p50_us)
+                ratios.setdefault(key, []).append(times[peer].p50_us / times[ours].p50_us)
     order = sorted(ratios, key=lambda key: (key[0], GROUPS.index(key[1]), key[3], key[2]))
-    return [
-        {
-            "device": device,
-            "group": group,
-            "ours": ours,
-            "peer": peer,
-            "cases": len(ratios[device, group, ours, peer]),
-            "peer / ours": statistics.geometric_mean(ratios[device, group, ours, peer]),
-            "from": min(ratios[device, group, ours, peer]),
-            "to": max(ratios[device, group, ours, peer]),
-            "aimed at": GOALS.get((group, ours, peer)),
-        }
-        for device, group, ours, peer in order
-    ]
+    found = []
+    for device, group, ours, peer in order:
+        seen = ratios[device, group, ours, peer]
+        numbers = (len(seen), statistics.geometric_mean(seen), min(seen), max(seen), GOALS.get((group, ours, peer)))
+        found.append(dict(zip(MEANS, (device, group, ours, peer, *numbers), strict=True)))
+    return found
 
 
 def _times(measured: Iterable[Record]) -> dict[tuple[str, str], dict[str, Record]]:
