@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,7 +181,9 @@ def test_there_are_no_attention_peers_without_a_gpu(rng: torch.Generator, device
         pytest.skip("kernels are compiled here")
     call = Builder(rng, device).small(rows=1, heads=64)
     lists, kv = torch.zeros((1, 128), dtype=torch.int32), torch.zeros((4, 512), dtype=torch.bfloat16)
-    shared = {"sink": call.sink, "scale": call.scale, "out": torch.empty_like(call.q), "ours": lambda: call.q}
+    shared: dict[str, Any] = {
+        "sink": call.sink, "scale": call.scale, "out": torch.empty_like(call.q), "ours": lambda: call.q
+    }  # fmt: skip
     assert peers.vllm_sparse_decode(call.q, call.swa, call.extra, **shared) is None
     assert peers.flashmla_prefill(call.q, kv, lists, **shared) is None
 
@@ -197,7 +200,8 @@ def test_vllms_decode_agrees_and_a_wrong_result_is_refused(heads: int, rng: torc
         pytest.skip("no vLLM with this decode is installed")
     build = Builder(rng, device)
     call = build.call(build.lists([20, 0, 41], 64), build.lists([64, 3, 0], 64), heads=heads)
-    out, shared = torch.empty_like(call.q), {"sink": call.sink, "scale": call.scale}
+    out = torch.empty_like(call.q)
+    shared: dict[str, Any] = {"sink": call.sink, "scale": call.scale}
     ours = call.run()[0]
     peer = peers.vllm_sparse_decode(call.q, call.swa, call.extra, **shared, out=out, ours=lambda: ours)
     assert peer is not None
@@ -219,7 +223,7 @@ def test_flashmlas_prefill_agrees_and_what_it_does_not_take_has_no_peer(
     indices = torch.tensor(build.lists([256] * 3, 300), dtype=torch.int32, device=device)
     sink, out = build.randn(heads).to(device), torch.full_like(q, float("nan"))
     ours = sparse_mla_prefill(q, kv, indices, sink=sink)[0]
-    shared = {"sink": sink, "scale": 512**-0.5, "out": out, "ours": lambda: ours}
+    shared: dict[str, Any] = {"sink": sink, "scale": 512**-0.5, "out": out, "ours": lambda: ours}
     peer = peers.flashmla_prefill(q, kv, indices, **shared)
     assert peer is not None
     out.fill_(float("nan"))
