@@ -21,11 +21,15 @@ from dsv4ref.evidence.gates import Check, Gate
 from dsv4ref.evidence.isa import CompileRequest
 from dsv4ref.formats import Scope
 from dsv4ref.kernels import peers
+from dsv4ref.kernels.peers.agreement import check_agreement
 from dsv4ref.kernels.sparse_mla import SplitScratch, merge_scopes, plan_for, sparse_mla_decode, split_k_decode
+from dsv4ref.kernels.sparse_mla.prefill import sparse_mla_prefill
 from dsv4ref.kernels.sparse_mla.splits import MAX_SPLITS, SHAPES, machine_of, staged_bytes
-from dsv4ref.optimizations import decode_inputs, decode_model, split_model
+from dsv4ref.optimizations import decode_inputs, decode_model, prefill_inputs, split_model
 from dsv4ref.optimizations.base import Case, Hazard, Optimization, Prediction
 from dsv4ref.optimizations.decode_inputs import DecodeInputs, decode_case
+from dsv4ref.optimizations.prefill_inputs import Workspace, prompt_case
+from dsv4ref.optimizations.report import PEER_PREFIX
 from dsv4ref.ref.sparse_attention import sparse_attention_plain, sparse_attention_ref
 
 __all__ = ["OPTIMIZATION", "SplitInputs", "parts_of"]
@@ -33,16 +37,24 @@ __all__ = ["OPTIMIZATION", "SplitInputs", "parts_of"]
 
 @dataclass(frozen=True)
 class SplitInputs:
-    """One decode step, the sink it is called with, if any, and the split count; None leaves that to the plan."""
+    """One decode step, the sink it is called with, if any, and the split count; None leaves that to the plan.
+
+    The rows of a prompt's chunk come with its workspace: the same keys in bf16.
+    """
 
     step: DecodeInputs
     sink: Tensor | None
     splits: int | None
+    workspace: Workspace | None = None
 
 
 def _build(case: Case, device: str, seed: int) -> SplitInputs:
-    step = decode_inputs.build(case, device, seed)
-    return SplitInputs(step, step.sink if case.params["sink"] else None, case.params["splits"])
+    workspace = None
+    if prefill_inputs.is_prompt(case.params):
+        step, workspace = prefill_inputs.build(case, device, seed)
+    else:
+        step = decode_inputs.build(case, device, seed)
+    return SplitInputs(step, step.sink if case.params["sink"] else None, case.params["splits"], workspace)
 
 
 def _named(outputs: tuple[Tensor, Tensor | None]) -> dict[str, Tensor]:
@@ -78,6 +90,8 @@ def _optimized(inputs: SplitInputs) -> dict[str, Tensor]:
 
 
 def _timed(inputs: SplitInputs) -> Mapping[str, Callable[[], object]]:
+    if inputs.workspace is not None:
+        return _timed_prompt(inputs, inputs.workspace)
     step, sink = inputs.step, inputs.sink
     q, swa, extra, scale = step.q, step.swa, step.extra, step.scale
     out = torch.empty_like(q)
@@ -100,10 +114,51 @@ def _timed(inputs: SplitInputs) -> Mapping[str, Callable[[], object]]:
         "baseline": lambda: sparse_mla_decode(q, swa, extra, sink=sink, scale=scale, out=out),
         **{name: variant(options) for name, options in asked.items()},
     }
-    peer = None
-    if sink is not None:
-        peer = peers.flashmla_decode(q, swa, extra, sink=sink, scale=scale, out=torch.empty_like(q))
-    return variants if peer is None else {**variants, "peer: FlashMLA": peer}
+    return variants | _decode_peers(inputs, lambda: split_k_decode(q, swa, extra, sink=sink, scale=scale)[0])
+
+
+def _timed_prompt(inputs: SplitInputs, workspace: Workspace) -> Mapping[str, Callable[[], object]]:
+    """The two decodes over the FP8 caches, and the prefill over the same keys in bf16.
+
+    The workspace's own making is in no variant's time.
+    """
+    step, sink = inputs.step, inputs.sink
+    assert sink is not None
+    q, swa, extra, scale = step.q, step.swa, step.extra, step.scale
+    out = torch.empty_like(q)
+
+    def from_caches() -> Tensor:
+        return split_k_decode(q, swa, extra, sink=sink, scale=scale, out=out, splits=inputs.splits)[0]
+
+    def from_workspace() -> Tensor:
+        return sparse_mla_prefill(q, workspace.kv, workspace.indices, sink=sink, scale=scale, out=out)[0]
+
+    variants: dict[str, Callable[[], object]] = {
+        "baseline": lambda: sparse_mla_decode(q, swa, extra, sink=sink, scale=scale, out=out),
+        "optimized": from_caches,
+        "bf16 keys": from_workspace,
+    }
+    check_agreement(from_workspace().clone(), from_caches())
+    peer = peers.flashmla_prefill(
+        q, workspace.kv, workspace.indices, sink=sink, scale=scale, out=torch.empty_like(q), ours=from_caches
+    )
+    if peer is not None:
+        variants[f"{PEER_PREFIX}{peers.FLASHMLA_PREFILL}"] = peer
+    return variants | _decode_peers(inputs, from_caches)
+
+
+def _decode_peers(inputs: SplitInputs, ours: Callable[[], Tensor]) -> dict[str, Callable[[], object]]:
+    """Other people's decodes for these inputs, as far as they are installed and take them."""
+    step, sink = inputs.step, inputs.sink
+    if sink is None:
+        return {}
+    q, swa, extra, scale = step.q, step.swa, step.extra, step.scale
+    found = {peers.FLASHMLA: peers.flashmla_decode(q, swa, extra, sink=sink, scale=scale, out=torch.empty_like(q))}
+    if inputs.workspace is None:
+        found[peers.VLLM_TRITON] = peers.vllm_sparse_decode(
+            q, swa, extra, sink=sink, scale=scale, out=torch.empty_like(q), ours=ours
+        )
+    return {f"{PEER_PREFIX}{name}": peer for name, peer in found.items() if peer is not None}
 
 
 def _predict(case: Case, device: str) -> Prediction:
@@ -116,7 +171,7 @@ def _predict(case: Case, device: str) -> Prediction:
     return Prediction(
         baseline_bytes=decode_model.key_bytes(p, before.launch) + vectors,
         optimized_bytes=decode_model.key_bytes(p, after.launch) + vectors + staged,
-        least_bytes=decode_model.least_bytes(p),
+        least_bytes=prefill_inputs.least_bytes(p) if prefill_inputs.is_prompt(p) else decode_model.least_bytes(p),
         flops=decode_model.decode_flops(p),
         baseline_launches=min(p["rows"], 1),
         optimized_launches=(1 if after.splits == 1 else 2) if p["rows"] else 0,
@@ -262,6 +317,15 @@ _SLICES = tuple(
     for heads in (8, 16, 32)
     for rows in (64, 1024)
 )
+_PROMPTS = tuple(
+    _case(
+        prompt_case(
+            name, tokens=262_144, rows=4096, heads=heads, swa=128, extra=topk, measured=True, needs_gpu=True,
+            about="a prompt's last 4,096 tokens of 262,144, one query row each",
+        )
+    )
+    for name, heads, topk in (("flash-prompt", 64, 512), ("pro-prompt", 128, 1024))
+)  # fmt: skip
 _CASES = (
     _case(_ODD["tiny"], 2, about="V4-Flash at TP8: 8 heads, two splits"),
     _case(_ODD["tiny-ragged"], 3),
@@ -290,6 +354,12 @@ _CASES = (
         ),
         2,
     ),
+    _case(
+        prompt_case(
+            "tiny-prompt", tokens=160, rows=3, heads=8, swa=24, extra=36, tiny=True,
+            about="a prompt's last tokens: neighbouring rows list the same keys",
+        )
+    ),
     _case(decode_case("flash-none", rows=0, heads=64, tiny=True, about="an empty batch")),
     *_PAGES,
     _case(_ODD["window-edges"]),
@@ -298,6 +368,7 @@ _CASES = (
     _case(_ODD["flash-74"]),
     _case(_ODD["flash-321"]),
     *_SLICES,
+    *_PROMPTS,
     *(_case(case) for case in decode_inputs.production_cases()),
 )  # fmt: skip
 
@@ -376,6 +447,7 @@ OPTIMIZATION = Optimization(
     measured_modules=(
         *decode_model.MEASURED_MODULES,
         "dsv4ref.kernels.sparse_mla.merge",
+        "dsv4ref.kernels.sparse_mla.prefill",
         "dsv4ref.kernels.sparse_mla.split_decode",
         "dsv4ref.kernels.sparse_mla.splits",
     ),

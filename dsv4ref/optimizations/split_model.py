@@ -27,7 +27,7 @@ from dsv4ref.kernels.sparse_mla.splits import (
     staged_bytes,
     tiles_per_row,
 )
-from dsv4ref.optimizations import decode_launch_shape, decode_model
+from dsv4ref.optimizations import decode_launch_shape, decode_model, prefill_inputs
 from dsv4ref.optimizations.base import Optimization
 
 __all__ = [
@@ -341,13 +341,13 @@ def recorded_rows(opt: Optimization, measured: Iterable[Record]) -> list[dict[st
 
     Args:
         opt: this chapter.
-        measured: its records; devices without published figures are left out.
+        measured: its records; devices without published figures and prompts, which nobody splits, are left out.
 
     Returns:
         Rows with the columns of `RECORDED`. ``kernel`` times ``split, recorded`` is baseline over optimised.
     """
     found = []
-    for (case, device), times in _times(measured).items():
+    for (case, device), times in _times(opt, measured).items():
         params = opt.case(case).params
         p, one = plan(params, device), plan(params, device, splits=1)
         planned, peer = times["optimized"], times.get(_PEER)
@@ -378,7 +378,7 @@ def beaten_rows(opt: Optimization, measured: Iterable[Record]) -> tuple[float, l
     """
     spread = 0.0
     found: list[dict[str, Any]] = []
-    for (case, device), times in _times(measured).items():
+    for (case, device), times in _times(opt, measured).items():
         params = opt.case(case).params
         p = plan(params, device)
         tile = SHAPES[machine_for(device).arch][0].launch
@@ -408,7 +408,7 @@ def summary(opt: Optimization, measured: Iterable[Record]) -> str:
     rows, lines = recorded_rows(opt, kept), []
     for device in dict.fromkeys(row["device"] for row in rows):
         here = [row for row in rows if row["device"] == device]
-        ratios = [r.ratio for r in kept if (r.variant, r.device) == ("optimized", device) and r.ratio is not None]
+        ratios = [row["kernel"] * row["split, recorded"] for row in here]
         split, kernel = (_range(row[part] for row in here) for part in ("split, recorded", "kernel"))
         parts = f"splitting gives {split} of it, the other kernel {kernel}"
         lines.append(f"{device}: time of single pass / plan {_range(ratios)} over {len(here)} cases; {parts}")
@@ -424,10 +424,11 @@ def _range(numbers: Iterable[float]) -> str:
     return f"{found[0]:.2f} to {found[-1]:.2f}"
 
 
-def _times(measured: Iterable[Record]) -> dict[tuple[str, str], dict[str, float]]:
-    """p50 microseconds by case and device, then variant, of devices that the model knows."""
+def _times(opt: Optimization, measured: Iterable[Record]) -> dict[tuple[str, str], dict[str, float]]:
+    """p50 microseconds by decode case and device, then variant, of devices that the model knows."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for record in measured:
-        if record.chapter == _CHAPTER and decode_model.spec_for(record.device) is not None:
+        known = record.chapter == _CHAPTER and decode_model.spec_for(record.device) is not None
+        if known and not prefill_inputs.is_prompt(opt.case(record.case).params):
             found.setdefault((record.case, record.device), {})[record.variant] = record.p50_us
     return found

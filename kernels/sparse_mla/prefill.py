@@ -44,6 +44,8 @@ from dsv4ref.kernels.sparse_mla.merge import QueryRotation, _rotate_back
 __all__ = ["PREFILL_SELECTION", "select_prefill_launch", "sparse_mla_prefill"]
 
 _LOG2_E = math.log2(math.e)
+_WARPGROUP_ROWS = 64  # the least rows that Hopper's warpgroup product takes
+_ROWS_PER_WARP = 16
 
 # Layout constants as the kernel sees them; equal to those of formats.kv_cache (a test holds that).
 _DIM = tl.constexpr(512)
@@ -66,21 +68,50 @@ _CDNA = (
     ),
 )
 _HOPPER = (
-    Rule(LaunchShape(16, 32, 4), "no more than 16 heads: the decode's tile for many rows", max_heads=16),
-    Rule(LaunchShape(32, 64, 8), "no more than 32 heads: the decode's tile for many rows", max_heads=32),
-    Rule(LaunchShape(64, 64, 8), "the decode's tile for many rows: a row's keys are read once per 64 heads"),
-)
+    Rule(
+        LaunchShape(16, 64, 4, 2),
+        "measured: no more than 16 heads; 64 keys a tile, and the next ones arrive by async copies, which no decoding "
+        "of codes stands in the way of here",
+        max_heads=16,
+    ),
+    Rule(
+        LaunchShape(32, 32, 4, 3), "measured: no more than 32 heads; four warps, so that programs share an SM",
+        max_heads=32,
+    ),
+    Rule(
+        LaunchShape(64, 64, 8, 2),
+        "measured: a row's keys are read once per 64 heads and feed wgmma; a third tile of keys does not fit",
+    ),
+)  # fmt: skip
 PREFILL_SELECTION: Mapping[str, tuple[Rule, ...]] = {
     "gfx942": _CDNA, "gfx950": _CDNA, "sm_90": _HOPPER, "cpu": _CDNA,
 }  # fmt: skip
-"""Rules by architecture, first match wins. None of these shapes has been timed on prefill: gfx942's and gfx950's are
-the widest without spills, at two waves per SIMD (Triton 3.7.1); sm_90's are the shapes that the paged decode was
-measured with at many rows. A prefill step has rows enough to fill any of these devices, so rows do not decide."""
+"""Rules by architecture, first match wins. sm_90's are the fastest of the shapes tried on a prompt's 4,096 rows (Triton
+3.6). None of gfx942's and gfx950's has been timed: they are the widest without spills, at two waves per SIMD (Triton
+3.7.1). A prefill step has rows enough to fill any of these devices, so rows do not decide."""
+
+
+def _products_apart(arch: str, launch: LaunchShape) -> bool:
+    """Whether QK must not be seen to lead to PV: on Hopper, with more warps than rows of the tile keep busy."""
+    return arch == "sm_90" and launch.block_h >= _WARPGROUP_ROWS and launch.block_h < _ROWS_PER_WARP * launch.num_warps
 
 
 def select_prefill_launch(arch: str, heads: int) -> LaunchShape:
     """The launch shape for query rows of ``heads`` heads; gfx942's rules where an architecture has none."""
     return choose(PREFILL_SELECTION.get(arch, _CDNA), 1, heads, 0).shape
+
+
+@triton.jit
+def _weigh(query, keys, valid, row_max, row_sum, scale_log2):
+    """The online softmax over one tile of keys; returns (weights in bf16, decay, new maximum, new sum)."""
+    # s_k = scale * q . kv_k, in units of log 2
+    scores = tl.dot(query, tl.trans(keys)) * scale_log2  # [BLOCK_H, BLOCK_K]
+    scores = tl.where(valid[None, :], scores, _LOWEST)
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    decay = tl.exp2(row_max - new_max)
+    # The explicit zero matters: in a row without any valid key, scores == new_max and exp2 would give 1.
+    weights = tl.where(valid[None, :], tl.exp2(scores - new_max[:, None]), 0.0)
+    return weights.to(tl.bfloat16), decay, new_max, row_sum * decay + tl.sum(weights, axis=1)
 
 
 @triton.jit
@@ -114,6 +145,7 @@ def _sparse_mla_prefill_kernel(
     HAS_SINK: tl.constexpr,
     HAS_ROPE: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -142,16 +174,20 @@ def _sparse_mla_prefill_kernel(
         key_at = kv + slots.to(tl.int64)[:, None] * kv_stride + dims[None, :]
         keys = tl.load(key_at, mask=valid[:, None], other=0.0)  # [BLOCK_K, 512]
 
-        # s_k = scale * q . kv_k, in units of log 2
-        scores = tl.dot(query, tl.trans(keys)) * scale_log2  # [BLOCK_H, BLOCK_K]
-        scores = tl.where(valid[None, :], scores, _LOWEST)
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        decay = tl.exp2(row_max - new_max)
-        # The explicit zero matters: in a row without any valid key, scores == new_max and exp2 would give 1.
-        weights = tl.where(valid[None, :], tl.exp2(scores - new_max[:, None]), 0.0)
-        row_sum = row_sum * decay + tl.sum(weights, axis=1)
+        if APART:
+            # Always true in this loop. The compiler looks for a second product among the uses of the first, and gives
+            # QK all warps along its rows if it finds one: with 64 heads and eight warps each warpgroup computes all of
+            # it. It does not look past the end of a branch.
+            if start < end:
+                weights, decay, new_max, row_sum = _weigh(query, keys, valid, row_max, row_sum, scale_log2)
+            else:
+                weights = tl.zeros((BLOCK_H, BLOCK_K), dtype=tl.bfloat16)
+                decay = row_max
+                new_max = row_max
+        else:
+            weights, decay, new_max, row_sum = _weigh(query, keys, valid, row_max, row_sum, scale_log2)
         accumulator = accumulator * decay[:, None]
-        accumulator = tl.dot(weights.to(tl.bfloat16), keys, accumulator)  # [BLOCK_H, 512]
+        accumulator = tl.dot(weights, keys, accumulator)  # [BLOCK_H, 512]
         row_max = new_max
 
     # lse = ln sum_k exp(s_k), before the sink; -inf for an empty row
@@ -273,6 +309,7 @@ def sparse_mla_prefill(
         HAS_SINK=sink is not None,
         HAS_ROPE=rotation is not None,
         HAS_LSE=lse is not None,
+        APART=_products_apart(arch, launch),
         BLOCK_H=launch.block_h,
         BLOCK_K=launch.block_k,
         num_warps=launch.num_warps,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -336,7 +340,7 @@ def test_the_kernels_constants_are_the_formats() -> None:
 def test_shapes_are_chosen_by_heads() -> None:
     for arch, (narrow, medium, wide) in {
         "gfx942": ((16, 32, 8), (32, 16, 8), (64, 16, 8)),
-        "sm_90": ((16, 32, 4), (32, 64, 8), (64, 64, 8)),
+        "sm_90": ((16, 64, 4, 2), (32, 32, 4, 3), (64, 64, 8, 2)),
         "an architecture without rules": ((16, 32, 8), (32, 16, 8), (64, 16, 8)),
     }.items():
         for heads, shape in {1: narrow, 16: narrow, 17: medium, 32: medium, 33: wide, 128: wide}.items():
@@ -359,7 +363,7 @@ def compile_request(shape: LaunchShape) -> CompileRequest:
         shape=str(shape),
         signature={**pointers, **aligned, "num_keys": "i32", "scale_log2": "fp32"},
         constexprs={
-            "HAS_LENGTHS": True, "HAS_SINK": True, "HAS_ROPE": True, "HAS_LSE": False,
+            "HAS_LENGTHS": True, "HAS_SINK": True, "HAS_ROPE": True, "HAS_LSE": False, "APART": False,
             "BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k,
         },
         num_warps=shape.num_warps,
@@ -379,3 +383,67 @@ def test_no_shape_spills_or_passes_the_lds_and_twice_the_keys_would(arch: str) -
     assert {row.waves_per_simd for row in rows} == {2}
     (wider,) = isa.compile_rows([compile_request(LaunchShape(64, 32, 8))], [arch])
     assert wider.vgpr_spills > 0, "the reason that the table gives"
+
+
+# --- on Hopper: the first product once ---
+
+
+def test_keeping_the_products_apart_changes_no_byte(
+    build: Builder, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device != "cpu":
+        pytest.skip("two compiled kernels may contract multiplies and adds differently")
+    call = build.call(HOLES_SWA, HOLES_EXTRA)
+    want, want_lse = run(call, launch=SHAPE)
+    monkeypatch.setattr(prefill, "_products_apart", lambda arch, launch: True)
+    out, lse = run(call, launch=SHAPE)
+    assert_same(out, want)
+    assert_same(lse, want_lse)
+
+
+def test_the_products_are_kept_apart_where_warps_outnumber_the_tiles_rows() -> None:
+    for arch, shape, apart in (
+        ("sm_90", LaunchShape(64, 64, 8, 2), True),
+        ("sm_90", LaunchShape(64, 64, 4), False),
+        ("sm_90", LaunchShape(32, 32, 4, 3), False),  # no warpgroup product
+        ("sm_90", LaunchShape(128, 64, 8), False),
+        ("gfx942", LaunchShape(64, 16, 8), False),
+    ):
+        assert prefill._products_apart(arch, shape) is apart, (arch, shape)
+
+
+WGMMAS = """
+import json, re, sys
+import dsv4ref.kernels
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dsv4ref.kernels.sparse_mla.prefill import _sparse_mla_prefill_kernel as kernel
+job = json.loads(sys.argv[1])
+for apart in (False, True):
+    constants = job["constexprs"] | {"APART": apart}
+    types = {n: "constexpr" if n in constants else job["signature"][n] for n in kernel.arg_names}
+    aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in job["aligned"]}
+    source = ASTSource(kernel, types, constants, aligned)
+    built = compile(source, target=GPUTarget("cuda", 90, 32), options=job["options"])
+    print(len(re.findall("wgmma.mma_async", built.asm["ptx"])), built.metadata.shared)
+"""
+
+
+def test_each_warpgroup_computes_half_of_the_first_product() -> None:
+    """Per tile of 64 keys: QK in 32 steps of 16 dims and PV in 4 of 16 keys. Seen together, QK takes 64 steps."""
+    shape = select_prefill_launch("sm_90", 64)
+    request = compile_request(shape)
+    job = {
+        "constexprs": dict(request.constexprs), "signature": dict(request.signature),
+        "aligned": sorted(request.divisible_by_16),
+        "options": {"num_warps": shape.num_warps, "num_stages": shape.num_stages},
+    }  # fmt: skip
+    child = subprocess.run(
+        [sys.executable, "-c", WGMMAS, json.dumps(job)], env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr[-2000:]
+    (together, _), (apart, shared) = (map(int, line.split()) for line in child.stdout.splitlines())
+    assert (together, apart) == (2 * 32 + 4, 32 + 4)
+    assert shared <= 227 * 1024, "a program of a Hopper SM"
