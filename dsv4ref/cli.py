@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -238,6 +239,7 @@ def ladder(
         str, typer.Option(help="ladder, orders (two, and each switch left out), or shapley (every set of switches).")
     ] = "ladder",
     switches: Annotated[str | None, typer.Option(help="Only these, with commas; default all there are.")] = None,
+    seconds: Annotated[float, typer.Option(help="No round ends later than this; run again to continue.")] = math.inf,
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
@@ -246,6 +248,7 @@ def ladder(
     from rich.progress import Progress
 
     from dsv4ref.optimizations import ladder_benchmark as benchmark
+    from dsv4ref.optimizations.ladder_runner import REHEARSAL
     from dsv4ref.optimizations.ladder_workload import get_preset
     from dsv4ref.show import tables
 
@@ -263,7 +266,7 @@ def ladder(
 
         found = benchmark.run_ladder(
             chosen, out, device=where, seed=run_seed, repeats=repeats, order=order, which=attribution, switches=only,
-            progress=progress,
+            max_seconds=seconds, progress=progress,
         )  # fmt: skip
     rows = [{"order": name, **row} for name, listed in found.rungs.items() for row in listed]
     if as_json:
@@ -274,17 +277,27 @@ def ladder(
         _show(rows, tables.LADDER, False, f"The ladder on {where}, seed {run_seed}, decode steps only")
         if found.contributions is not None:
             views = [column for column in found.contributions[0] if column != "switch"]
-            note = benchmark.REHEARSAL if chosen.rehearsal else ""
+            note = REHEARSAL if chosen.rehearsal else ""
             shares = [{"switch": row["switch"], **{v: tables.interval(row[v]) for v in views}, "note": note}
                       for row in found.contributions]  # fmt: skip
             _show(shares, list(shares[0]), False, "Saved of a step, % of everything off, 95 % interval")
-        _show(found.inside, list(found.inside[0]), False, "A step from inside")
-        _show(found.traces, list(found.traces[0]), False, f"Read back from the traces in {out}")
+        for listed, title in (
+            (found.inside, "A step from inside"),
+            (found.traces, f"Read back from the traces in {out}"),
+            (found.metadata, "The host's part of a step: metadata"),
+            ([] if found.soak is None else [vars(found.soak)], "Joins and leaves"),
+        ):
+            if listed:
+                _show(listed, list(listed[0]), False, title)
         if chosen.rehearsal:
-            _note(benchmark.REHEARSAL)
+            _note(REHEARSAL)
     for name, reason in found.gates.items():
         if reason is not None:
             _note(f"red gate, not reported: {name}: {reason}")
+    if found.soak is not None and found.soak.reason is not None:
+        _note(f"red gate: {found.soak.reason}")
+    if not found.complete:
+        _note(f"stopped after {rows[0]['rounds']} rounds; run the same command again to continue")
     raise typer.Exit(0 if found.green else 1)
 
 
