@@ -58,12 +58,10 @@ def check_fits(checkpoint: Checkpoint, caches: PagedCaches) -> None:
     Raises:
         ValueError: it is not; names what differs.
     """
-    for name, got, expected in (
-        ("model", checkpoint.config.name, caches.config.name),
-        ("sizes", checkpoint.sizes, caches.sizes),
-    ):
-        if got != expected:
-            raise ValueError(f"checkpoint: its {name} is {got}, expected {expected}, this engine's")
+    if checkpoint.config != caches.config:
+        raise ValueError(f"checkpoint: it is of {checkpoint.config.name}, expected this engine's {caches.config.name}")
+    if checkpoint.sizes != caches.sizes:
+        raise ValueError(f"checkpoint: its caches are {checkpoint.sizes}, expected this engine's {caches.sizes}")
 
 
 def copied_request(request: Request) -> Request:

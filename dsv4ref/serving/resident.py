@@ -53,7 +53,7 @@ def resident_model(model: Model, device: torch.device | str) -> Model:
     """
     device = torch.device(device)
     sources = tuple(model.tensors.values())
-    key = (device, model.config.name, model.numerics, *((id(tensor), tensor._version) for tensor in sources))
+    key = (device, model.config, model.numerics, *((id(tensor), tensor._version) for tensor in sources))
     if (known := _RESIDENT.get(key)) is not None:
         return known
     tensors: dict[str, Tensor] = {}
