@@ -1,14 +1,14 @@
 """Many decode steps while requests join and leave: what the memory does meanwhile, and who has which blocks at the end.
 
 The workload repeats a few lengths for ever, so that whatever an engine needs, it has needed within its first hundred
-steps. What is compared is the least memory in use over a stretch of steps near the beginning and over one at the end:
-prompts that are being computed come and go, a tensor that nobody lets go of stays.
+steps. Memory is compared where it must be the same to the byte: with nobody in the engine, once behind those steps and
+once behind the last one.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,25 +27,28 @@ _CANCELLED = 7  # one request in so many is cancelled once it has an answer's be
 
 @dataclass(frozen=True)
 class Soak:
-    """What a soak found.
+    """What a soak found; pairs are behind the mark and behind the last step.
 
     Args:
-        steps: run.
+        steps: run, those in which the engine was emptied left out.
+        mark: the step of the first look.
         finished, cancelled: requests that left, by how.
         method: what counts as memory in use.
-        early, late: bytes in use behind each step of either stretch: least and most.
+        busy: bytes in use with all slots taken.
+        idle: bytes in use once everybody has left.
         peak: most bytes at any moment of the run; None on the CPU.
         blocks: blocks that the engine's pools have.
-        held: of them in use behind the last step of either stretch.
-        lost: blocks that nobody holds and that are not free once everybody has left.
+        held: of them in use while busy.
+        lost: blocks that are not free once everybody has left.
     """
 
     steps: int
+    mark: int
     finished: int
     cancelled: int
     method: str
-    early: tuple[int, int]
-    late: tuple[int, int]
+    busy: tuple[int, int]
+    idle: tuple[int, int]
     peak: int | None
     blocks: int
     held: tuple[int, int]
@@ -53,14 +56,14 @@ class Soak:
 
     @property
     def growth(self) -> int:
-        """Bytes by which the least memory in use has grown."""
-        return self.late[0] - self.early[0]
+        """Bytes by which an engine with nobody in it has grown."""
+        return self.idle[1] - self.idle[0]
 
     @property
     def reason(self) -> str | None:
         """None where nothing grew or was lost, else what."""
         if self.growth > 0:
-            return f"the least memory in use grew by {self.growth} bytes over {self.steps} steps of joins and leaves"
+            return f"an empty engine grew by {self.growth} bytes between steps {self.mark} and {self.steps}"
         return f"{self.lost} of {self.blocks} blocks did not come back" if self.lost else None
 
 
@@ -97,15 +100,12 @@ def run_soak(
         torch.cuda.reset_peak_memory_stats()
     asked = workload.prompts(model.config, len(plan.lengths), longest, seed)
     submitted, finished, cancelled = 0, 0, 0
-    early: list[int] = []
-    late: list[int] = []
+    busy: list[int] = []
+    idle: list[int] = []
     held: list[int] = []
-    for step in range(plan.steps):
-        progress("joins and leaves", step, plan.steps)
-        while len(engine.waiting) + len(engine.running) <= plan.slots:
-            prompt, output = plan.lengths[submitted % len(plan.lengths)]
-            engine.submit(asked[submitted % len(plan.lengths)][:prompt], output)
-            submitted += 1
+
+    def step() -> None:
+        nonlocal finished, cancelled
         result = engine.step()
         for request in result.done:
             if request.error is not None:
@@ -115,25 +115,27 @@ def run_soak(
         for id in result.tokens:
             if id % _CANCELLED == _CANCELLED - 1 and id in engine.running:
                 engine.cancel(id)
-        for stretch, first in ((early, plan.stretch), (late, plan.steps - plan.stretch)):
-            if first <= step < first + plan.stretch:
-                stretch.append(_bytes_in_use(on_gpu))
-        if step + 1 in (2 * plan.stretch, plan.steps):
+
+    for number in range(1, plan.steps + 1):
+        progress("joins and leaves", number, plan.steps)
+        while len(engine.waiting) + len(engine.running) <= plan.slots:
+            prompt, output = plan.lengths[submitted % len(plan.lengths)]
+            engine.submit(asked[submitted % len(plan.lengths)][:prompt], output)
+            submitted += 1
+        step()
+        if number in (plan.mark, plan.steps):
             engine.check_blocks()
             held.append(blocks - sum(pool.spare for pool in pools))
-    peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    for id in (*engine.running, *engine.waiting):
-        engine.cancel(id)
-    engine.run()
-    engine.check_blocks()
+            busy.append(_bytes_in_use(on_gpu))
+            while not engine.idle:
+                step()
+            engine.check_blocks()
+            idle.append(_bytes_in_use(on_gpu))
     return Soak(
-        plan.steps, finished, cancelled, "torch.cuda.memory_allocated" if on_gpu else "live tensors",
-        _ends(early), _ends(late), peak, blocks, (held[0], held[1]), blocks - sum(pool.spare for pool in pools),
+        plan.steps, plan.mark, finished, cancelled, "torch.cuda.memory_allocated" if on_gpu else "live tensors",
+        (busy[0], busy[1]), (idle[0], idle[1]), torch.cuda.max_memory_allocated() if on_gpu else None, blocks,
+        (held[0], held[1]), blocks - sum(pool.spare for pool in pools),
     )  # fmt: skip
-
-
-def _ends(values: Sequence[int]) -> tuple[int, int]:
-    return min(values), max(values)
 
 
 def _bytes_in_use(on_gpu: bool) -> int:

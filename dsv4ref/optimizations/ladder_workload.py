@@ -51,20 +51,23 @@ class SoakPlan:
     """A run of joins and leaves.
 
     Args:
-        steps: decode steps in all.
-        stretch: steps of a stretch; the early one begins after as many.
+        steps: in all.
+        mark: the step behind which memory is looked at for the first time; the last one is the second.
         slots: requests at once.
         lengths: (prompt, output) tokens of the requests, over and over.
+
+    Raises:
+        ValueError: a mark that is not before the last step.
     """
 
     steps: int
-    stretch: int
+    mark: int
     slots: int
     lengths: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        if self.stretch < 1 or self.steps < 3 * self.stretch:
-            raise ValueError(f"steps: got {self.steps}, expected at least three stretches of {self.stretch}")
+        if not 0 < self.mark < self.steps:
+            raise ValueError(f"mark: got {self.mark}, expected a step before the last one, {self.steps}")
 
 
 @dataclass(frozen=True)

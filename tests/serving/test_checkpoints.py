@@ -76,14 +76,17 @@ def test_a_checkpoint_outlives_what_later_steps_write(donor: DecodeEngine, start
     before = [copy.clone() for copy in start.caches]
     donor.restore(start)
     answers(donor)
-    assert all(torch.equal(copy.view(torch.uint8), kept.view(torch.uint8)) for copy, kept in zip(start.caches, before, strict=True))
+    assert all(
+        torch.equal(copy.view(torch.uint8), kept.view(torch.uint8))
+        for copy, kept in zip(start.caches, before, strict=True)
+    )
     assert [len(request.output) for request in start.requests] == [2, 2]
     assert start.nbytes == sum(copy.nbytes for copy in before)
 
 
 def test_a_checkpoint_needs_states_that_the_engine_has(model: Model, start: Checkpoint, device: str) -> None:
     fresh = engine(model, device=device, chunk=40)
-    with pytest.raises(RuntimeError, match="checkpoint: requests .* and 0 wait, expected requests that run"):
+    with pytest.raises(RuntimeError, match=r"checkpoint: requests .* and 0 wait, expected requests that run"):
         fresh.checkpoint()
     fresh.submit(prompt(model.config, 3, 1), 4)
     with pytest.raises(RuntimeError, match="and 1 wait, expected"):
@@ -118,7 +121,7 @@ def test_a_pool_takes_an_assignment_whole_or_not_at_all() -> None:
     pool.check()
     assert (pool.held(1), pool.held(7), pool.take(2, 2)) == ((3, 0), (), (1, 2))
     for held in ({1: (4,)}, {1: (0,), 2: (0,)}):
-        with pytest.raises(ValueError, match="held: got .*, expected blocks of window below 4, each once"):
+        with pytest.raises(ValueError, match=r"held: got .*, expected blocks of window below 4, each once"):
             pool.assign(held)
     assert pool.owners == (1, 2)
 
