@@ -281,14 +281,15 @@ def ladder(
             shares = [{"switch": row["switch"], **{v: tables.interval(row[v]) for v in views}, "note": note}
                       for row in found.contributions]  # fmt: skip
             _show(shares, list(shares[0]), False, "Saved of a step, % of everything off, 95 % interval")
-        for listed, title in (
+        listed: tuple[tuple[Sequence[Mapping[str, Any]], str], ...] = (
             (found.inside, "A step from inside"),
             (found.traces, f"Read back from the traces in {out}"),
             (found.metadata, "The host's part of a step: metadata"),
             ([] if found.soak is None else [vars(found.soak)], "Joins and leaves"),
-        ):
-            if listed:
-                _show(listed, list(listed[0]), False, title)
+        )
+        for part, title in listed:
+            if part:
+                _show(part, list(part[0]), False, title)
         if chosen.rehearsal:
             _note(REHEARSAL)
     for name, reason in found.gates.items():
@@ -307,7 +308,7 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Also write the scoreboard as one HTML file.")] = None,
 ) -> None:
     """Print the scoreboard from records: claimed, predicted, measured, peers, stale or not."""
-    from dsv4ref.optimizations import catalogue
+    from dsv4ref.optimizations import catalogue, ladder_report
     from dsv4ref.optimizations.report import report_rows
     from dsv4ref.show import tables
 
@@ -316,6 +317,10 @@ def report(
         with _refusals():
             html.write_text(tables.scoreboard_html(rows), encoding="utf-8")
     _show(rows, tables.scoreboard_columns(rows), as_json, "Scoreboard: ratio = baseline / optimised")
+    for device, found in ({} if as_json else ladder_report.shipped_reports()).items():
+        age = "STALE" if ladder_report.is_stale(found) else "current"
+        title = f"The ladder {found['benchmark']['name']} on {device}, {found['where']['date']}, {age}"
+        _show(ladder_report.figures(found), tables.RUNGS, False, title)
     without = [id for id in catalogue.load() if id not in {row["id"] for row in rows}]
     if without:
         _note(f"no record yet: {', '.join(without)}")

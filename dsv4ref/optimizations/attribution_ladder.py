@@ -355,6 +355,7 @@ def _predict(case: Case, device_key: str) -> Prediction:
     )
 
 
+_DESIGN = {"rounds": 30, "window": 16, "warmup": 8}
 _NOISE = {"window_noise": 0.003, "step_noise": 0.01}
 
 
@@ -368,7 +369,8 @@ def _simulated(
 
 
 def _engines(name: str, preset: str, rungs: str, about: str, *, joins: bool = True, **kind: bool) -> Case:
-    params = {"preset": preset, "rungs": rungs, "joins": joins, "rounds": 30, "window": 16, "warmup": 8, **_NOISE}
+    tokens = workload.get_preset(preset).requests  # of a step, for the scoreboard's rates
+    params = {"preset": preset, "rungs": rungs, "joins": joins, "tokens": tokens, **_DESIGN, **_NOISE}
     return Case(name, params, about=about, **kind)
 
 

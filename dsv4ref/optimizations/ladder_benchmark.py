@@ -236,7 +236,8 @@ def run_ladder(
 
     Args:
         preset: the benchmark.
-        out: folder of the journal (``ladder.jsonl``), ``report.json``, the traces and, on a GPU, the records.
+        out: folder of the journal (``ladder.jsonl``), ``report.json``, the traces and, on a GPU, what ships:
+            ``records/`` and ``ladders/``, as in the package's ``data``.
         device: "cpu" or "cuda".
         seed: of weights and prompts.
         repeats: rounds, at least `timing.MIN_ROUNDS`; default the preset's. Sets that only the second order or the
@@ -297,15 +298,16 @@ def run_ladder(
     recorded = device == "cuda" and not preset.rehearsal and _is_whole(plan, model)
     if recorded and whole and looked and soak is not None and soak.reason is None:
         lines = _records(preset, plan, journal, looked, seed)
-        target = out / "records" / machines.current().key / f"{CHAPTER}.jsonl"
-        target.unlink(missing_ok=True)  # of the same journal with fewer rounds
-        records.write(target, lines)
-    where = _where(header)
     shares = _contributions(journal, plan) if whole else None
-    report = Report(
-        preset, complete, rows, shares, looked, traces, metadata, soak, gates, where, lines
-    )  # fmt: skip
-    (out / "report.json").write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
+    report = Report(preset, complete, rows, shares, looked, traces, metadata, soak, gates, _where(header), lines)
+    text = json.dumps(report.as_json(), indent=1)
+    (out / "report.json").write_text(text, encoding="utf-8")
+    if lines:  # over those of the same journal with fewer rounds
+        key = machines.current().key
+        (target := out / "records" / key / f"{CHAPTER}.jsonl").unlink(missing_ok=True)
+        records.write(target, lines)
+        (out / "ladders").mkdir(exist_ok=True)
+        (out / "ladders" / f"{key}.json").write_text(text, encoding="utf-8")
     return report
 
 
