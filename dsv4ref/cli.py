@@ -221,7 +221,9 @@ def measure(
                     if record.ratio is None
                     else f"  {record.ratio:.3f}x [{record.ratio_low:.3f}, {record.ratio_high:.3f}]"
                 )
-                _note(f"{record.chapter} {record.case} {record.variant}: {record.p50_us:.1f} us{ratio}")
+                _note(
+                    f"{record.chapter} {record.case} {record.variant}: {record.p50_us:.1f} us ({record.method}){ratio}"
+                )
         except measuring.RedGateError as error:
             red = True
             _note(f"red gate, nothing measured: {error}")

@@ -30,6 +30,8 @@ from typing import Any, TypedDict, TypeVar
 
 PACKAGE = "dsv4ref"
 SCHEMA = 1
+HOST = "host"
+"""`Record.method` of a line whose microseconds are the host's, never to be set beside a device's."""
 
 _KEY = re.compile(r"[a-z0-9][a-z0-9_.-]*")  # devices and chapters name folders and files
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -40,7 +42,8 @@ _RATIO_FIELDS = ("ratio", "ratio_low", "ratio_high", "noise_floor")
 class Record:
     """One measurement: a variant of one chapter's operation, on one case, on one device.
 
-    Times are device microseconds per call. `ratio` is baseline / this variant with its 95 % interval, against the
+    Times are microseconds per call: the device's, or with the method `HOST` the host's, from a call to its return; the
+    ladder's method names its own. `ratio` is baseline / this variant with its 95 % interval, against the
     baseline of the same `run`, and `noise_floor` is that run's; the four are None on the baseline's own line. `bytes`
     and `flops` are counted per call; `launches` is None where nobody counted. `bound_us` is the time bound under the
     roofs measured in the run. `gate` is always 'passed': nothing is recorded behind a red gate. `sources` maps module

@@ -2,28 +2,37 @@
 
 Two halves. The upper half is arithmetic over samples and runs anywhere: `percentiles`, `bootstrap_ratio`, `summarise`,
 `round_order`, `rotations`, `collect`. The lower half touches the device: `time_interleaved` captures every variant into
-a graph (or calls it eagerly between two events) and hands samples to the upper half.
+a graph (or calls it eagerly between two events), `time_host` asks the host's clock for the time that calls take to
+return, and both hand samples to the upper half.
 
-A sample is the device time of R calls over R different input sets, divided by R. Before each sample a buffer larger
+A sample of device time is that of R calls over R different input sets, divided by R. Before each sample a buffer larger
 than the L2 is written and then read, outside the timed region, so that no call finds its inputs cached and none pays
-for writing back the lines that the flush left dirty. Every round runs all variants and the baseline twice; the second
-baseline is the A/A pair whose ratio gives the noise floor.
+for writing back the lines that the flush left dirty. A sample of host time is one call's, submitted to an idle device.
+
+Every round runs all variants, and a second baseline, the twin; their ratio is the A/A ratio that gives the noise floor.
+The twin is a capture of its own, over buffers of its own where the caller built it anew: two captures of the same
+launches can differ by more than two replays of one, and two variants never share a capture. A floor from two replays of
+one capture would leave that out.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypedDict, get_args
+from typing import Literal, TypeAlias, TypedDict, TypeVar, get_args
 
 import numpy as np
 import torch
 
+from dsv4ref.evidence.records import HOST
+
 Method = Literal["graph", "events"]
 Samples: TypeAlias = Sequence[float] | np.ndarray
+Calls = TypeVar("Calls")
 
 MIN_ROUNDS = 10  # fewer paired ratios than this give a bootstrap interval that says nothing
 RESAMPLES = 4000
@@ -47,7 +56,7 @@ class TimingFields(TypedDict):
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Device time of one call, in microseconds, over `repeats` samples."""
+    """Time of one call, in microseconds, over `repeats` samples."""
 
     p20_us: float
     p50_us: float
@@ -68,7 +77,7 @@ class Ratio:
 class Timing:
     """Samples of one interleaved run, and what they say.
 
-    `samples_us` maps each variant, and the second baseline `again`, to one sample per round. `ratios` maps every name
+    `samples_us` maps each variant, and the baseline's twin `again`, to one sample per round. `ratios` maps every name
     except the baseline to baseline / variant (above 1: the variant is faster). `noise_floor` is the distance from 1 of
     the farther end of the A/A ratio's 95 % interval: it covers both the width of that interval and its offset from 1.
     """
@@ -216,7 +225,7 @@ def summarise(
     """Turn one sample per variant and round into a `Timing`.
 
     Args:
-        samples_us: microseconds per call; equally many for every name; holds `baseline` and `again`, its second run.
+        samples_us: microseconds per call; equally many for every name; holds `baseline` and `again`, its twin.
         baseline, again: names of the A/A pair.
         method, device_name, rotations, flush_bytes: how the samples were taken; stored as given.
         seed: of the bootstrap.
@@ -286,6 +295,22 @@ def flush_passes(host_us: float, flush_us: float) -> int:
     return min(max(1, math.ceil(1.5 * host_us / flush_us)), MAX_FLUSH_PASSES)
 
 
+def samplers_of(
+    variants: Mapping[str, Calls], *, baseline: str, twin: Calls, build: Callable[[str, Calls], Callable[[], float]]
+) -> dict[str, Callable[[], float]]:
+    """One sampler per variant, and one more for the baseline's twin: `build` runs for every one of them.
+
+    Args:
+        variants: name -> what is timed.
+        baseline: the variant whose twin makes the A/A pair.
+        twin: the baseline, built a second time.
+        build: (name, what is timed) -> a function that takes one sample; what it captures belongs to that sampler.
+
+    Returns: name -> sampler; the twin's is named '<baseline> again'.
+    """
+    return {name: build(name, calls) for name, calls in {**variants, f"{baseline} again": twin}.items()}
+
+
 def collect(
     samplers: Mapping[str, Callable[[], float]],
     *,
@@ -316,6 +341,7 @@ def time_interleaved(
     variants: Mapping[str, Sequence[Callable[[], object]]],
     *,
     baseline: str,
+    twin: Sequence[Callable[[], object]] | None = None,
     rounds: int = 40,
     warmup: int = 5,
     flush_bytes: int,
@@ -328,8 +354,10 @@ def time_interleaved(
     Args:
         variants: name -> R callables without arguments, the same operation over R different input sets built by the
             caller (`rotations` says how many); R is the same for all variants. Operands shared between sets stay warm.
-        baseline: the variant that ratios are against. It runs twice per round; its second run is named
-            '<baseline> again'.
+        baseline: the variant that ratios are against.
+        twin: the baseline's R callables built a second time, with outputs and scratch of their own; captured and timed
+            as '<baseline> again', it gives the noise floor. None captures the baseline's own calls a second time:
+            what they allocate is then the twin's own, what they were built with is shared.
         rounds: samples per variant, at least `MIN_ROUNDS`.
         warmup: untimed passes over each variant before capture, and untimed rounds after it; at least 1.
         flush_bytes: size of the buffer that is written and read before each sample; at least the L2.
@@ -345,36 +373,33 @@ def time_interleaved(
         RuntimeError: no GPU; a variant that cannot be captured, or that puts no work into its graph.
     """
     again = _check_variants(variants, baseline)
-    if rounds < MIN_ROUNDS:
-        raise ValueError(f"rounds: got {rounds}, expected at least {MIN_ROUNDS}")
-    if warmup < 1:
-        raise ValueError(f"warmup: got {warmup}, expected at least 1")
+    if twin is not None:
+        _check_calls("twin", twin, len(variants[baseline]), baseline)
+    _check_rounds(rounds, warmup, max_seconds)
     if flush_bytes < 1:
         raise ValueError(f"flush_bytes: got {flush_bytes}, expected at least the size of the L2 in bytes")
     if method not in get_args(Method):
         raise ValueError(f"method: got {method!r}, expected one of {list(get_args(Method))}")
-    if not max_seconds > 0:
-        raise ValueError(f"max_seconds: got {max_seconds}, expected a positive number of seconds")
     require_gpu("time_interleaved")
     l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     if flush_bytes < l2_bytes:
         raise ValueError(f"flush_bytes: got {flush_bytes}, expected at least the L2 of this GPU, {l2_bytes}")
 
-    flush = _Flush(flush_bytes)
-    samplers: dict[str, Callable[[], float]] = {}
-    if method == "graph":
-        graphs = {name: _Graph(name, calls, warmup) for name, calls in variants.items()}
-        flush.cover(max(graph.host_us() for graph in graphs.values()))
-        for name, graph in graphs.items():
-            samplers[name] = _sampler(graph.replay, len(variants[name]), flush)
-    else:
-        for name, calls in variants.items():
-            run = _in_turn(calls)
-            for _ in range(warmup):
-                run()
-            samplers[name] = _sampler(run, len(calls), flush)
-    samplers[again] = samplers[baseline]
+    flush, submissions_us = _Flush(flush_bytes), list[float]()
 
+    def build(name: str, calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+        if method == "graph":
+            graph = _Graph(name, calls, warmup)
+            submissions_us.append(graph.host_us())
+            return _sampler(graph.replay, len(calls), flush)
+        run = _in_turn(calls)
+        for _ in range(warmup):
+            run()
+        return _sampler(run, len(calls), flush)
+
+    samplers = samplers_of(variants, baseline=baseline, twin=variants[baseline] if twin is None else twin, build=build)
+    if submissions_us:
+        flush.cover(max(submissions_us))
     collect(samplers, rounds=warmup, max_seconds=max_seconds)
     samples = collect(samplers, rounds=rounds, max_seconds=max_seconds)
     return summarise(
@@ -387,6 +412,94 @@ def time_interleaved(
         flush_bytes=flush_bytes,
         seed=seed,
     )
+
+
+def time_host(
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    baseline: str,
+    twin: Callable[[], object] | None = None,
+    rounds: int = 300,
+    warmup: int = 20,
+    max_seconds: float = 20.0,
+    seed: int = 0,
+) -> Timing:
+    """Time how long calls keep the host, from the call to its return, interleaved in one process beside a GPU.
+
+    The device is idle when a call begins, and whatever the call leaves it to do is waited for outside the timed region:
+    a sample holds Python, checks, allocation and submission, not the work submitted, unless the call itself waits for
+    it. Python's garbage collector is off meanwhile, as in `timeit`.
+
+    Args:
+        variants: name -> a callable without arguments.
+        baseline: the variant that ratios are against.
+        twin: the baseline built a second time, the other half of the A/A pair; None calls the baseline itself.
+        rounds: samples per variant, at least `MIN_ROUNDS`.
+        warmup: untimed rounds first, at least 1.
+        max_seconds: as `time_interleaved`.
+        seed: of the bootstrap.
+
+    Returns: `Timing` with method 'host', of one input set, without a flush.
+
+    Raises:
+        ValueError or TypeError: an argument is not as described.
+        RuntimeError: no GPU.
+    """
+    again = _check_variants({name: (call,) for name, call in variants.items()}, baseline)
+    if twin is not None and not callable(twin):
+        raise TypeError(f"twin: got {type(twin).__name__}, expected a callable")
+    _check_rounds(rounds, warmup, max_seconds)
+    require_gpu("time_host")
+    samplers = samplers_of(
+        variants,
+        baseline=baseline,
+        twin=variants[baseline] if twin is None else twin,
+        build=lambda _, call: host_sampler(call, torch.cuda.synchronize),
+    )
+    collect(samplers, rounds=warmup, max_seconds=max_seconds)
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        samples = collect(samplers, rounds=rounds, max_seconds=max_seconds)
+    finally:
+        if collects:
+            gc.enable()
+    return summarise(
+        samples,
+        baseline=baseline,
+        again=again,
+        method=HOST,
+        device_name=torch.cuda.get_device_name(),
+        rotations=1,
+        flush_bytes=0,
+        seed=seed,
+    )
+
+
+def host_sampler(
+    call: Callable[[], object],
+    settle: Callable[[], None],
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> Callable[[], float]:
+    """A function that takes one sample of host time: microseconds from a call to its return.
+
+    Args:
+        call: what is timed; what it returns is dropped after the clock has stopped.
+        settle: waits for the device; runs before and after the timed region.
+        clock: nanoseconds.
+    """
+
+    def sample() -> float:
+        settle()
+        started = clock()
+        kept = call()
+        elapsed = clock() - started
+        settle()
+        del kept
+        return elapsed / 1e3
+
+    return sample
 
 
 def sample_events(call: Callable[[], object], *, repeats: int, warmup: int) -> list[float]:
@@ -535,7 +648,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _check_variants(variants: Mapping[str, Sequence[Callable[[], object]]], baseline: str) -> str:
-    """Check `variants` and `baseline`; return the name of the second baseline."""
+    """Check `variants` and `baseline`; return the name of the baseline's twin."""
     if baseline not in variants:
         raise ValueError(f"baseline: got {baseline!r}, expected one of the variants {sorted(variants)}")
     again = f"{baseline} again"
@@ -545,20 +658,33 @@ def _check_variants(variants: Mapping[str, Sequence[Callable[[], object]]], base
     if expected == 0:
         raise ValueError(f"variants[{baseline!r}]: got no callables, expected one per input set")
     for name, calls in variants.items():
-        if len(calls) != expected:
-            raise ValueError(
-                f"variants[{name!r}]: got {len(calls)} callables, expected {expected} as in {baseline!r}: a ratio "
-                "needs both sides to rotate through equally many input sets"
-            )
-        for index, call in enumerate(calls):
-            if not callable(call):
-                raise TypeError(f"variants[{name!r}][{index}]: got {type(call).__name__}, expected a callable")
-        if len({id(call) for call in calls}) != len(calls):
-            raise ValueError(
-                f"variants[{name!r}]: the same callable comes twice, expected one per input set: a repeated one would "
-                "find its inputs in the cache"
-            )
+        _check_calls(f"variants[{name!r}]", calls, expected, baseline)
     return again
+
+
+def _check_calls(argument: str, calls: Sequence[Callable[[], object]], expected: int, baseline: str) -> None:
+    if len(calls) != expected:
+        raise ValueError(
+            f"{argument}: got {len(calls)} callables, expected {expected} as in {baseline!r}: a ratio needs both sides "
+            "to rotate through equally many input sets"
+        )
+    for index, call in enumerate(calls):
+        if not callable(call):
+            raise TypeError(f"{argument}[{index}]: got {type(call).__name__}, expected a callable")
+    if len({id(call) for call in calls}) != len(calls):
+        raise ValueError(
+            f"{argument}: the same callable comes twice, expected one per input set: a repeated one would find its "
+            "inputs in the cache"
+        )
+
+
+def _check_rounds(rounds: int, warmup: int, max_seconds: float) -> None:
+    if rounds < MIN_ROUNDS:
+        raise ValueError(f"rounds: got {rounds}, expected at least {MIN_ROUNDS}")
+    if warmup < 1:
+        raise ValueError(f"warmup: got {warmup}, expected at least 1")
+    if not max_seconds > 0:
+        raise ValueError(f"max_seconds: got {max_seconds}, expected a positive number of seconds")
 
 
 def _finite(name: str, samples: Samples) -> np.ndarray:

@@ -114,7 +114,10 @@ class Optimization:
         hazards: planted bugs by name.
         predict: (case, device key) -> Prediction.
         claims: published figures, from data/published.jsonl.
-        timed: inputs -> named callables to time: "baseline", "optimized" and any other variants and peers.
+        timed: inputs -> named callables to time: "baseline", "optimized" and any other variants and peers. Called a
+            second time it builds the baseline's twin, so buffers that a callable writes belong to that call's result.
+        host_timed: inputs -> named callables whose own time on the host is measured, likewise; None if nobody claims
+            anything about it.
         measured_modules: modules whose bytes decide whether a record is stale.
         kernels: architecture -> the compile requests for ISA evidence, one per kernel and launch shape.
         recorded_by: the command that records the measured cases; anything but "measure" takes too long for a page.
@@ -136,6 +139,7 @@ class Optimization:
     claims: tuple[PublishedFigure, ...]
     timed: Callable[[Inputs], Mapping[str, Callable[[], object]]]
     measured_modules: tuple[str, ...]
+    host_timed: Callable[[Inputs], Mapping[str, Callable[[], object]]] | None = None
     yardstick: Callable[[Inputs], Outputs] | None = None
     kernels: Callable[[str], tuple[CompileRequest, ...]] = field(default=lambda arch: ())
     recorded_by: str = "measure"

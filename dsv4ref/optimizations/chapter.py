@@ -6,7 +6,7 @@ The command line and the notebooks show the same rows.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "facts",
     "gate_rows",
     "hazard_rows",
+    "host_measurements",
     "isa_rows",
     "measurements",
     "prediction_rows",
@@ -137,14 +138,14 @@ def board_rows(
 
     Args:
         opt: the chapter.
-        measured: records; none is fine.
+        measured: records; none is fine, and host time, which nobody predicts, is left out.
         devices: which to predict for.
 
     Returns:
         ``report_rows``, then for every other measured case and device a row with the same keys for a figure (id, case,
         device, predicted, claimed, ratio, ratio_ci, date), the last three None.
     """
-    rows = report.report_rows(record for record in measured if record.chapter == opt.id)
+    rows = report.report_rows(r for r in measured if r.chapter == opt.id and r.method != records.HOST)
     known = {(row["case"], row["device"]) for row in rows}
     for case in opt.cases.values():
         for key in devices:
@@ -175,7 +176,7 @@ def claim_rows(opt: Optimization) -> list[dict[str, Any]]:
 def residual_rows(opt: Optimization, measured: Iterable[Record]) -> list[dict[str, Any]]:
     """Predicted beside measured times, per case and device: how far the model is off on either side."""
     rows = []
-    for row in report.report_rows(measured):
+    for row in report.report_rows(record for record in measured if record.method != records.HOST):
         p = opt.predict(opt.case(row["case"]), row["device"])
         rows.append(
             {
@@ -194,7 +195,8 @@ def residual_rows(opt: Optimization, measured: Iterable[Record]) -> list[dict[st
 def measurements(opt: Optimization, cases: Iterable[str] | None = None) -> tuple[str, list[Record]]:
     """Measure here if kernels are compiled for a GPU, else take the newest records that ship with the package.
 
-    A chapter whose records another command makes (`Optimization.recorded_by`) is never measured here.
+    Device time; host time is `host_measurements`. A chapter whose records another command makes
+    (`Optimization.recorded_by`) is never measured here.
 
     Args:
         opt: the chapter.
@@ -203,19 +205,27 @@ def measurements(opt: Optimization, cases: Iterable[str] | None = None) -> tuple
     Returns:
         a sentence that says which of the two it is, and the records.
     """
+    return _measurements(opt, cases, measure.measure_case, host=False)
+
+
+def host_measurements(opt: Optimization, cases: Iterable[str] | None = None) -> tuple[str, list[Record]]:
+    """As `measurements`, of a chapter's host time: microseconds that calls keep the host, from call to return."""
+    return _measurements(opt, cases, measure.measure_host_case, host=True)
+
+
+def _measurements(
+    opt: Optimization, cases: Iterable[str] | None, take: Callable[..., tuple[Record, ...]], *, host: bool
+) -> tuple[str, list[Record]]:
     wanted = [c.name for c in opt.cases.values() if c.measured] if cases is None else list(cases)
     if kernels.mode() == "compiled" and torch.cuda.is_available() and opt.recorded_by == "measure":
         seed, run = settings.get("DSV4REF_SEED"), records.new_run()
-        live = [
-            r
-            for name in _progress(wanted, "measuring")
-            for r in measure.measure_case(opt, opt.case(name), seed=seed, run=run)
-        ]
+        live = [r for name in _progress(wanted, "measuring") for r in take(opt, opt.case(name), seed=seed, run=run)]
         return f"measured live on {device.current().name}", live
     shipped = records.latest(records.shipped(extra=settings.get("DSV4REF_RECORDS")))
-    kept = [r for r in shipped if r.chapter == opt.id and r.case in wanted]
+    kept = [r for r in shipped if r.chapter == opt.id and r.case in wanted and (r.method == records.HOST) is host]
     if not kept:
-        return "nothing has been recorded for this chapter yet", []
+        what = "no host time" if host else "nothing"
+        return f"{what} has been recorded for this chapter yet", []
     order = {name: index for index, name in enumerate(wanted)}
     kept.sort(key=lambda r: (r.device, order[r.case]))
     described = sorted({f"{r.device_name}, {r.date[:10]}" for r in kept})

@@ -206,7 +206,7 @@ def _predict(case: Case, device: str) -> Prediction:
     eager = routing_eager.eager_bytes(kind, rows, router, num_local, logit_bytes)
     fused = routing_eager.fused_bytes(kind, rows, router, num_local, logit_bytes, p["block_m"])
     least = routing_eager.least_bytes(kind, rows, router, num_local, logit_bytes)
-    eager_launches = routing_eager.EAGER_LAUNCHES[kind] + routing_eager.EAGER_LAUNCHES["plan"]
+    eager_launches = routing_eager.eager_launches(kind) + routing_eager.eager_launches("plan")
     eager_launches += p["dtype"] is not torch.float32
     fused_launches = routing_eager.fused_launches(p)
     scored = router.top_k if kind == "hash" else router.n_experts

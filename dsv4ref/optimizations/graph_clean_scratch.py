@@ -5,11 +5,12 @@ per shape, everything rewritten in place, the plan included. Same kernels on the
 
 What makes it a chapter is what must not be kept: the plan. The source's first scratch cached it with the buffers and
 read out of bounds when the lengths changed. The gate therefore also counts the keys that every plan visits, compares
-the packed lists with a list comprehension, replays the step from a graph, and asks whether any address moved.
+the packed lists with a list comprehension, replays the step from a graph, and asks whether any address moved, and
+whether anything was allocated: by the eager preparation, and on a GPU by the replay of the whole step.
 
 The decode runs on genuine AITER where there is an AMD GPU with it, and on the emulation elsewhere. Planted bugs always
-run on the emulation: on the real library they are reads out of bounds. Timed is our own preparation alone; plan and
-decode belong to the library.
+run on the emulation: on the real library they are reads out of bounds. Timed, on the device and on the host, is our own
+preparation alone; plan and decode belong to the library.
 
 Source: ROCm/vllm#900, second and third commit.
 """
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from dsv4ref.device import native_dialect
 from dsv4ref.evidence import records
+from dsv4ref.evidence.allocations import count_allocations
 from dsv4ref.evidence.gates import Check, Gate
 from dsv4ref.evidence.isa import CompileRequest
 from dsv4ref.formats.fp8 import Dialect
@@ -38,7 +40,7 @@ from dsv4ref.kernels.aiter.plan import DecodeShape, PlanBuffers, planned_keys
 from dsv4ref.kernels.capture import current_stream
 from dsv4ref.optimizations import decode_model
 from dsv4ref.optimizations.base import Case, Hazard, Optimization, Prediction
-from dsv4ref.serving.graphs import Graph, capture
+from dsv4ref.serving.graphs import CudaGraph, Graph, capture
 from dsv4ref.serving.scratch import Scratch, Scratches
 
 __all__ = ["OPTIMIZATION", "CachedPlan", "ScratchInputs", "Step", "allocated", "placements"]
@@ -177,27 +179,39 @@ class _After:
     slots: Tensor
     keys: Tensor
     moved: int
+    allocated: int
 
     @staticmethod
-    def of(buffers: Mapping[str, Tensor], known: Mapping[str, int]) -> _After:
+    def of(buffers: Mapping[str, Tensor], known: Mapping[str, int], allocated: int) -> _After:
         moved = sum(known[name] != buffer.data_ptr() for name, buffer in buffers.items()) if known else 0
         keys = planned_keys(_plan(buffers), buffers["counts"].shape[0])
-        return _After(buffers["out"].flatten().clone(), buffers["kv_indices"].flatten().clone(), keys, moved)
+        slots = buffers["kv_indices"].flatten().clone()
+        return _After(buffers["out"].flatten().clone(), slots, keys, moved, allocated)
 
 
-def _outputs(steps: Sequence[_After], replayed: Tensor | None = None) -> dict[str, Tensor]:
+def _prepared(inputs: ScratchInputs, scratch: Scratch, step: Step) -> int:
+    """What preparing a step asks of the allocator; plan and decode are the library's, which may ask for more."""
+    return count_allocations(lambda: scratch.prepare(step.q, step.indices, step.lengths, inputs.slots), warmup=1).count
+
+
+def _outputs(steps: Sequence[_After], replayed: Tensor | None = None, replays: Sequence[int] = ()) -> dict[str, Tensor]:
+    """What the gate compares; ``replays`` is what each step's replay allocated, where that is a real graph's."""
     out = torch.cat([step.out for step in steps])
+    allocated = [step.allocated for step in steps]
+    if replays:
+        allocated = [eager + replay for eager, replay in zip(allocated, replays, strict=True)]
     return {
         "out": out,
         "replayed": out if replayed is None else replayed,
         "slots": torch.cat([step.slots for step in steps]).cpu(),
         "keys": torch.cat([step.keys for step in steps]),
         "moved": torch.tensor([step.moved for step in steps], dtype=torch.int32),
+        "allocated": torch.tensor(allocated, dtype=torch.int32),
     }
 
 
 def _baseline(inputs: ScratchInputs) -> dict[str, Tensor]:
-    return _outputs([_After.of(_allocating_step(inputs, step), {}) for step in inputs.steps])
+    return _outputs([_After.of(b := _allocating_step(inputs, step), {}, len(b)) for step in inputs.steps])
 
 
 def _walk(inputs: ScratchInputs, at: Callable[[DecodeShape], Scratch]) -> Iterator[_After]:
@@ -206,17 +220,22 @@ def _walk(inputs: ScratchInputs, at: Callable[[DecodeShape], Scratch]) -> Iterat
     for step in inputs.steps:
         shape = inputs.shape(step)
         scratch = at(shape)
+        allocated = _prepared(inputs, scratch, step)
         _scratch_step(inputs, scratch, step)
-        yield _After.of(_buffers(scratch), known.get(shape, {}))
+        yield _After.of(_buffers(scratch), known.get(shape, {}), allocated)
         known.setdefault(shape, scratch.addresses())
 
 
-def _replayed(inputs: ScratchInputs) -> Tensor:
-    """Every step replayed from its shape's graph, whose inputs are copied into place."""
+def _replayed(inputs: ScratchInputs) -> tuple[Tensor, list[int]]:
+    """Every step replayed from its shape's graph, whose inputs are copied into place; and what each replay allocated.
+
+    An emulated graph runs its operators again, so it says nothing of allocations: none are counted then.
+    """
     scratches = Scratches(inputs.library, inputs.cache.device)
     graphs: dict[DecodeShape, Graph] = {}
     held: dict[DecodeShape, Step] = {}
     out: list[Tensor] = []
+    allocated: list[int] = []
     for step in inputs.steps:
         shape = inputs.shape(step)
         scratch = scratches.at(shape)
@@ -229,14 +248,18 @@ def _replayed(inputs: ScratchInputs) -> Tensor:
 
             graphs[shape] = capture(work, device=inputs.cache.device)
         _load(held[shape], step)
-        graphs[shape].replay()
+        graph = graphs[shape]
+        if isinstance(graph, CudaGraph):
+            allocated.append(count_allocations(graph.replay, warmup=0).count)
+        else:
+            graph.replay()
         out.append(scratch.out.flatten().clone())
-    return torch.cat(out)
+    return torch.cat(out), allocated
 
 
 def _optimized(inputs: ScratchInputs) -> dict[str, Tensor]:
     scratches = Scratches(inputs.library, inputs.cache.device)
-    return _outputs(list(_walk(inputs, scratches.at)), _replayed(inputs))
+    return _outputs(list(_walk(inputs, scratches.at)), *_replayed(inputs))
 
 
 def _reference(inputs: ScratchInputs) -> dict[str, Tensor]:
@@ -252,6 +275,7 @@ def _reference(inputs: ScratchInputs) -> dict[str, Tensor]:
         "slots": torch.tensor(slots, dtype=torch.int32),
         "keys": torch.tensor(keys, dtype=torch.int32),
         "moved": torch.zeros(len(inputs.steps), dtype=torch.int32),
+        "allocated": torch.zeros(len(inputs.steps), dtype=torch.int32),
     }
 
 
@@ -340,6 +364,23 @@ def _timed(inputs: ScratchInputs) -> Mapping[str, Callable[[], object]]:
         held[stream].at(shape).prepare(step.q, step.indices, step.lengths, inputs.slots)
 
     return {"baseline": lambda: allocated(inputs.library, shape, step, inputs.slots), "optimized": prepare}
+
+
+def _host_timed(inputs: ScratchInputs) -> Mapping[str, Callable[[], object]]:
+    """The same preparation as a host pays for it: eager, replayed, and replayed behind the copies of its inputs.
+
+    Inputs that the step before leaves in place need no copies, as where one graph holds the whole step.
+    """
+    step, device = inputs.steps[0], inputs.cache.device
+    held, scratch = _cloned(step), Scratch(inputs.library, inputs.shape(step), device)
+    scratch.rebuild()
+    graph = capture(lambda: scratch.prepare(held.q, held.indices, held.lengths, inputs.slots), device=device)
+
+    def loaded() -> None:
+        _load(held, step)
+        graph.replay()
+
+    return {**_timed(inputs), "replayed": graph.replay, "inputs copied, replayed": loaded}
 
 
 def _predict(case: Case, device: str) -> Prediction:
@@ -512,10 +553,11 @@ def _two_streams(inputs: ScratchInputs) -> dict[str, Tensor]:
     after = []
     for step, other in itertools.pairwise((*inputs.steps, inputs.steps[0])):
         scratch = scratches.at(inputs.shape(step))
+        allocated = _prepared(inputs, scratch, step)
         for work in (step, other):
             scratch.refresh(work.q, work.indices, work.lengths, inputs.slots)
         scratch.decode(inputs.cache, SCALE, return_lse=False)
-        after.append(_After.of(_buffers(scratch), {}))
+        after.append(_After.of(_buffers(scratch), {}, allocated))
     return _outputs(after)
 
 
@@ -569,6 +611,7 @@ OPTIMIZATION = Optimization(
             Check("slots", "exact"),
             Check("keys", "exact"),
             Check("moved", "exact"),
+            Check("allocated", "exact"),
         )
     ),
     hazards={
@@ -638,6 +681,7 @@ OPTIMIZATION = Optimization(
     predict=_predict,
     claims=records.published("graph_clean_scratch"),
     timed=_timed,
-    measured_modules=("dsv4ref.kernels.aiter.lists", "dsv4ref.serving.scratch"),
+    host_timed=_host_timed,
+    measured_modules=("dsv4ref.kernels.aiter.lists", "dsv4ref.serving.graphs", "dsv4ref.serving.scratch"),
     kernels=lambda arch: (*(_pack_request(topk) for topk in (128, 512, 1024)), _offsets_request(1024)),
 )

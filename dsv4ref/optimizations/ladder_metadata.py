@@ -7,7 +7,6 @@ its slot, it writes block tables and open groups too. Nothing here runs a step o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,6 +101,7 @@ def metadata_rows(
     if repeats < timing.MIN_ROUNDS:
         raise ValueError(f"repeats: got {repeats}, expected at least {timing.MIN_ROUNDS}, or intervals say nothing")
     found = []
+    counted: launches.Method = "cuda-profiler" if _on_gpu(device) else "aten-dispatch+interpreter"
     for size in sizes:
         host = MetadataHost(model, switches, size, device)
         kinds: tuple[tuple[str, Callable[[], None]], ...] = (
@@ -112,28 +112,24 @@ def metadata_rows(
         for kind, step in kinds:
             step()  # warm
             before = host.loads
-            seconds = [_host_seconds(step, device) for _ in range(repeats)]
+            sample = timing.host_sampler(step, torch.cuda.synchronize if _on_gpu(device) else _settled)
+            samples = [sample() for _ in range(repeats)]
             loads = (host.loads - before) / repeats
-            interval = timing.bootstrap_median([1e6 * value for value in seconds])
+            interval = timing.bootstrap_median(samples)
             found.append(
                 {
                     "batch": size, "step": kind, "host_us": interval.median,
                     "host_us_ci": [interval.low, interval.high],
-                    "launches": launches.count_launches(step, warmup=0, method=_counted(device)).total,
+                    "launches": launches.count_launches(step, warmup=0, method=counted).total,
                     "loads": loads, "repeats": repeats,
                 }
             )  # fmt: skip
     return found
 
 
-def _counted(device: str) -> Any:
-    return "cuda-profiler" if torch.device(device).type == "cuda" else "aten-dispatch+interpreter"
+def _on_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
-def _host_seconds(step: Callable[[], None], device: str) -> float:
-    """The host's time alone: the device is idle before, and not waited for behind."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
+def _settled() -> None:
+    """A CPU has nothing left to do once a call has returned."""

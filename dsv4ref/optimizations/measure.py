@@ -1,5 +1,7 @@
 """Measure a chapter on this machine's GPU: gates first, then interleaved timing, then one record per variant.
 
+Device time of every measured case, and host time where the chapter says what to time: two methods, two records.
+
 No speedup is recorded behind a red gate: every case the chapter has is verified on the device before anything is timed.
 """
 
@@ -14,11 +16,12 @@ import torch
 from dsv4ref import device, kernels
 from dsv4ref.evidence import launches, records, roofline, timing
 from dsv4ref.evidence.records import Record
+from dsv4ref.evidence.timing import Timing
 from dsv4ref.kernels import peers
-from dsv4ref.optimizations.base import Case, Optimization, case_seed, verify
+from dsv4ref.optimizations.base import Case, Optimization, Prediction, case_seed, verify
 from dsv4ref.optimizations.report import PEER_PREFIX
 
-__all__ = ["MAX_SECONDS", "RedGateError", "measure", "measure_case"]
+__all__ = ["MAX_SECONDS", "RedGateError", "measure", "measure_case", "measure_host_case"]
 
 MAX_SECONDS = 20.0
 """Wall-clock limit of one case's timing; the minimum number of rounds is always run."""
@@ -66,6 +69,9 @@ def measure(
         if case.measured:
             progress(f"{opt.id}: timing {case.name}")
             lines = measure_case(opt, case, seed=seed, run=run)
+            if opt.host_timed is not None:
+                progress(f"{opt.id}: host time of {case.name}")
+                lines += measure_host_case(opt, case, seed=seed, run=run)
             records.write(path, lines)
             yield from lines
 
@@ -77,7 +83,7 @@ def _roofs() -> roofline.Roofs:
 
 
 def measure_case(opt: Optimization, case: Case, *, seed: int, run: str) -> tuple[Record, ...]:
-    """Time one case's variants in one interleaved run.
+    """Device time of one case's variants, in one interleaved run.
 
     Args:
         opt, case: the chapter and its case.
@@ -94,14 +100,55 @@ def measure_case(opt: Optimization, case: Case, *, seed: int, run: str) -> tuple
     sets = [opt.make_inputs(case, "cuda", case_seed(opt.id, f"{case.name}/{i}", seed)) for i in range(count)]
     variants = _gather([opt.timed(inputs) for inputs in sets])
     timed = timing.time_interleaved(
-        variants, baseline="baseline", flush_bytes=4 * max(l2_bytes, 32 << 20), max_seconds=MAX_SECONDS
+        variants,
+        baseline="baseline",
+        twin=[opt.timed(inputs)["baseline"] for inputs in sets],
+        flush_bytes=4 * max(l2_bytes, 32 << 20),
+        max_seconds=MAX_SECONDS,
     )
     bound_us = _roofs().bound(prediction.least_bytes, prediction.flops).time_us
+    return _records(opt, case, prediction, timed, {n: c[0] for n, c in variants.items()}, bound_us, seed, run)
+
+
+def measure_host_case(opt: Optimization, case: Case, *, seed: int, run: str) -> tuple[Record, ...]:
+    """Host time of one case's `Optimization.host_timed`, in one interleaved run.
+
+    Args:
+        opt, case: the chapter, which has such variants, and its case.
+        seed: the run's seed.
+        run: id shared by the records of one run.
+
+    Returns:
+        One record per variant with the method `records.HOST`, the baseline first; no bound, which is the device's.
+
+    Raises:
+        ValueError: the chapter has nothing to time on the host.
+    """
+    if opt.host_timed is None:
+        raise ValueError(f"opt: {opt.id} has nothing to time on the host, expected a chapter with host_timed")
+    inputs = opt.make_inputs(case, "cuda", case_seed(opt.id, case.name, seed))
+    variants, twin = opt.host_timed(inputs), opt.host_timed(inputs)["baseline"]
+    timed = timing.time_host(variants, baseline="baseline", twin=twin, max_seconds=MAX_SECONDS)
+    return _records(opt, case, opt.predict(case, device.current().key), timed, variants, None, seed, run)
+
+
+def _records(
+    opt: Optimization,
+    case: Case,
+    prediction: Prediction,
+    timed: Timing,
+    variants: Mapping[str, Callable[[], object]],
+    bound_us: float | None,
+    seed: int,
+    run: str,
+) -> tuple[Record, ...]:
+    """One record per variant of a run; ``variants`` are called once more, to count their launches."""
+    machine = device.current()
     # Other variants and peers have no traffic model of their own: their line holds what nobody can avoid moving.
     counted = {"baseline": prediction.baseline_bytes, "optimized": prediction.optimized_bytes}
     where = records.provenance(device=machine.key, device_name=machine.name, mode=kernels.mode())
     lines = []
-    for name, calls in variants.items():
+    for name, call in variants.items():
         lines.append(
             Record(
                 chapter=opt.id,
@@ -110,7 +157,7 @@ def measure_case(opt: Optimization, case: Case, *, seed: int, run: str) -> tuple
                 **timed.record_fields(name),
                 bytes=counted.get(name, prediction.least_bytes),
                 flops=prediction.flops,
-                launches=launches.count_launches(calls[0]).total,
+                launches=launches.count_launches(call).total,
                 bound_us=bound_us,
                 gate="passed",
                 seed=seed,

@@ -17,7 +17,7 @@ PEER_PREFIX = "peer: "
 
 
 def report_rows(measured: Iterable[Record]) -> list[dict[str, Any]]:
-    """One row per chapter, case and device with records: the newest run's figures beside claim and prediction.
+    """One row per chapter, case, device and method with records: the newest run's figures, prediction and claim.
 
     Args:
         measured: records, any order.
@@ -26,8 +26,8 @@ def report_rows(measured: Iterable[Record]) -> list[dict[str, Any]]:
         Rows with id, case, device, method, baseline_us, optimized_us, ratio, ratio_ci, noise_floor, predicted, claimed,
         peers, gate, stale; then hazards (how many bugs the chapter plants), variants (other variants' microseconds),
         bound_us, date, resolvable; and of decode steps, whose cases state their ``tokens``, tok_s and tpot_ms, each of
-        (baseline, optimised). Times are p50 microseconds; ratio is baseline over optimised; claimed is text, since
-        published gains are of whole systems.
+        (baseline, optimised). Times are p50 microseconds, the host's where method is `records.HOST`, which nobody
+        predicts; ratio is baseline over optimised; claimed is text, since published gains are of whole systems.
     """
     chapters = catalogue.load()
     groups: dict[tuple[str, str, str, str], dict[str, Record]] = {}
@@ -65,7 +65,7 @@ def _row(opt: Optimization, case: str, device: str, method: str, variants: dict[
         "ratio": optimized.ratio,
         "ratio_ci": [low, high],
         "noise_floor": floor,
-        "predicted": opt.predict(opt.cases[case], device).ratio,
+        "predicted": None if method == records.HOST else opt.predict(opt.cases[case], device).ratio,
         "claimed": "; ".join(f"{c.gain_percent:+.2f} % {c.unit.removeprefix('% ')}, {c.device}" for c in opt.claims)
         or None,
         "peers": {n.removeprefix(PEER_PREFIX): us for n, us in others.items() if n.startswith(PEER_PREFIX)},

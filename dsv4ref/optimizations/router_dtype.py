@@ -329,6 +329,7 @@ def _request(tile: RouterTile) -> CompileRequest:
         signature={**pointers, **({"rows": "i32"} if tiled else {}), **sizes},
         constexprs=constants | ({"BLOCK_M": tile.block_m, "SLICES": tile.slices} if tiled else {}),
         num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         divisible_by_16=frozenset(pointers) | frozenset(sizes),
         within_2gb=frozenset(pointers),
     )

@@ -7,20 +7,21 @@ be captured; its ties are `torch.topk`'s, which defines none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsv4ref.config import RouterConfig
+from dsv4ref.config import V3_2, V4_FLASH, RouterConfig
 from dsv4ref.kernels.experts.dispatch import BLOCK_TOKENS, max_tiles
 
 __all__ = [
-    "EAGER_LAUNCHES",
     "FUSED_LAUNCHES",
     "eager_bytes",
+    "eager_launches",
     "eager_plan",
     "eager_route_grouped",
     "eager_route_hash",
@@ -32,8 +33,6 @@ __all__ = [
     "loads",
 ]
 
-EAGER_LAUNCHES: Mapping[str, int] = {"learned": 9, "hash": 15, "grouped": 15, "plan": 36}
-"""Launches of the eager paths on fp32 logits, an operator counted as one (a sort is several); a test counts them."""
 FUSED_LAUNCHES = {"route": 1, "plan": 3}
 """Launches of the kernels; a test counts them."""
 
@@ -110,6 +109,35 @@ def eager_plan(experts: Tensor, table: Tensor, num_local: int, block_m: int) -> 
         "tile_expert": owner.masked_fill_(unused, -1),
         "tile_first": first.masked_fill_(unused, -1),
     }
+
+
+@functools.cache
+def eager_launches(kind: str) -> int:
+    """Launches of an eager path on fp32 logits, counted on a small batch: an operator counts as one.
+
+    A lower bound of what a GPU launches, where a sort or a top-k is several kernels, more of them in larger batches.
+
+    Args:
+        kind: "learned", "hash", "grouped" or "plan".
+
+    Raises:
+        ValueError: another kind.
+    """
+    from dsv4ref.evidence.launches import count_launches  # not above: dsv4ref.kernels decides how Triton is imported
+
+    router = V3_2.router if kind == "grouped" else V4_FLASH.router
+    logits, bias = torch.zeros((2, router.n_experts)), torch.zeros(router.n_experts)
+    experts, tokens = torch.arange(router.top_k, dtype=torch.int32).repeat(2, 1), torch.arange(2)
+    choices, table = experts.to(torch.int64), torch.arange(router.n_experts, dtype=torch.int32)
+    paths: dict[str, Callable[[], object]] = {
+        "learned": lambda: eager_route_learned(logits, bias, router),
+        "hash": lambda: eager_route_hash(logits, choices, tokens, router),
+        "grouped": lambda: eager_route_grouped(logits, bias, router),
+        "plan": lambda: eager_plan(experts, table, router.n_experts, 16),
+    }
+    if kind not in paths:
+        raise ValueError(f"kind: got {kind!r}, expected one of {list(paths)}")
+    return count_launches(paths[kind], warmup=0, method="aten-dispatch+interpreter").total
 
 
 # --- closed forms ---

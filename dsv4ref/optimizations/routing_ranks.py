@@ -36,7 +36,7 @@ from dsv4ref.optimizations.base import case_seed
 from dsv4ref.optimizations.routing_experts import Experts, routed
 from dsv4ref.optimizations.routing_inputs import RoutingInputs
 
-__all__ = ["run_ranks", "shares"]
+__all__ = ["launch_ranks", "run_ranks", "shares"]
 
 _LAUNCHER = ("-m", "torch.distributed.run")
 
@@ -57,12 +57,28 @@ def run_ranks(ranks: int, case: str, *, seed: int, timeout: float = 120.0) -> di
         RuntimeError: a process failed; the message ends with its last lines.
         subprocess.TimeoutExpired: they did not finish in time.
     """
+    return launch_ranks(ranks, __name__, "--case", case, "--seed", str(seed), timeout=timeout)
+
+
+def launch_ranks(ranks: int, module: str, *arguments: str, timeout: float = 120.0) -> dict[str, Any]:
+    """Run a module under ``torch.distributed.run`` on this machine and return the JSON line that rank 0 prints.
+
+    Args:
+        ranks: processes, at least 1.
+        module: run as ``-m``; its rank 0 prints one line of JSON.
+        arguments: of the module.
+        timeout: seconds until the processes are ended.
+
+    Raises:
+        RuntimeError: a process failed; the message ends with its last lines.
+        subprocess.TimeoutExpired: they did not finish in time.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         sys.executable, *_LAUNCHER, "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1",
-        "--master-port", str(port), "-m", __name__, "--case", case, "--seed", str(seed),
+        "--master-port", str(port), "-m", module, *arguments,
     ]  # fmt: skip
     # The interpreter's choice is made anew in every process, and torchrun would warn about threads otherwise.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}

@@ -31,8 +31,19 @@ def dequantise_weight_ref(weight: Tensor, scale: Tensor, dtype: torch.dtype = to
 
     Returns:
         ``[N, K]`` of ``dtype``.
+
+    Raises:
+        ValueError: a weight that is no matrix, or scales of another shape, too many as well as too few.
     """
+    if weight.ndim != 2:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [N, K]")
     rows, columns = weight.shape
+    blocks = [-(-rows // WEIGHT_BLOCK), -(-columns // WEIGHT_BLOCK)]
+    if list(scale.shape) != blocks:  # too large a tensor would be cut to size without a word
+        raise ValueError(
+            f"scale: got shape {list(scale.shape)}, expected {blocks}, one per {WEIGHT_BLOCK} x {WEIGHT_BLOCK} block "
+            f"of a weight {list(weight.shape)}"
+        )
     values = weight.to(torch.float32)  # [N, K]
     factors = ue8m0.decode(scale)  # [N / 128, K / 128]
     factors = factors.repeat_interleave(WEIGHT_BLOCK, dim=0)[:rows]

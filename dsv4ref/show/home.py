@@ -14,6 +14,8 @@ from typing import Any
 
 import nbformat
 
+from dsv4ref.evidence.records import HOST
+
 __all__ = ["CASE", "contents", "one_case_each", "reading_minutes"]
 
 CASE = "flash-256"
@@ -72,7 +74,7 @@ def contents(rows: Iterable[Mapping[str, Any]], folder: Path = Path()) -> str:
 
 
 def one_case_each(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """One row per chapter, device and method: its `CASE`, or the first measured one where there is no such case.
+    """One row per chapter and device, of device time: its `CASE`, or the first measured one where there is none such.
 
     Args:
         rows: ``id, case, device, method``, as ``report_rows`` gives them.
@@ -84,7 +86,8 @@ def one_case_each(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         raise ValueError("rows: got none, expected at least one measured chapter; see dsv4ref report")
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["id"], row["device"], row["method"]), []).append(row)
+        if row["method"] != HOST:  # one figure, one clock
+            groups.setdefault((row["id"], row["device"], row["method"]), []).append(row)
     return [next((row for row in group if row["case"] == CASE), group[0]) for group in groups.values()]
 
 

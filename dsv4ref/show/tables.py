@@ -16,6 +16,7 @@ from typing import Any
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from dsv4ref.evidence.records import HOST
 from dsv4ref.show import Html
 
 Row = Mapping[str, Any]
@@ -179,10 +180,14 @@ def scoreboard(rows: Sequence[Row], caption: str = "Scoreboard: ratio = baseline
 
 
 def scoreboard_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """`SCOREBOARD`, with peers and rates only where a row has some, and planted bugs where every row counts them."""
+    """`SCOREBOARD`, with peers and rates only where a row has some, planted bugs where every row counts them, and the
+    method of every row where one of them is of the host's time.
+    """
     shown = [column for column in SCOREBOARD if column.key != "peers" or any(row.get("peers") for row in rows)]
     if any("tok_s" in row for row in rows):
         shown.insert([column.key for column in shown].index("optimized_us") + 1, _RATES)
+    if any(row.get("method") == HOST for row in rows):
+        shown.insert([column.key for column in shown].index("device") + 1, Column("method"))
     if rows and all("hazards" in row for row in rows):
         shown.insert([column.key for column in shown].index("gate") + 1, Column("hazards", "bugs planted"))
     return tuple(shown)

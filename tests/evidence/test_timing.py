@@ -250,6 +250,84 @@ def test_collect_stops_at_the_time_limit_but_not_before_enough_rounds() -> None:
     assert len(samples["a"]) == MIN_ROUNDS
 
 
+# ---- the A/A pair ----
+
+
+def test_a_difference_between_two_captures_of_the_baseline_is_in_the_noise_floor() -> None:
+    rng = np.random.default_rng(8)
+    built: list[str] = []
+
+    def build(name: str, mean: float) -> Callable[[], float]:
+        built.append(name)
+        at = 1 + 0.03 * built.count("a again")  # planted: the second capture lies where memory is 3 % slower
+        return lambda: mean * at * float(np.exp(1e-4 * rng.standard_normal()))
+
+    samplers = timing.samplers_of({"a": 100.0, "b": 98.0}, baseline="a", twin=100.0, build=build)
+    assert built == ["a", "b", "a again"], "every one is built for itself"
+    run = summary({n: np.array(v) for n, v in collect(samplers, rounds=ROUNDS, max_seconds=60).items()})
+    assert run.noise_floor == pytest.approx(1 - 1 / 1.03, abs=1e-3)
+    assert not run.resolvable("b"), run.verdict("b")
+
+
+# ---- the host's clock ----
+
+
+class Clock:
+    """Nanoseconds that pass only where a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+    def spend(self, microseconds: int) -> None:
+        self.now += 1000 * microseconds
+
+
+def test_host_time_is_the_calls_own_and_waits_on_either_side_are_not_in_it() -> None:
+    clock, log = Clock(), []
+
+    def call() -> object:
+        clock.spend(7)
+        log.append("call")
+        return Kept(lambda: (clock.spend(500), log.append("freed")))
+
+    def settle() -> None:
+        clock.spend(90)
+        log.append("settle")
+
+    sample = timing.host_sampler(call, settle, clock)
+    assert [sample(), sample()] == [7.0, 7.0]
+    assert log == ["settle", "call", "settle", "freed"] * 2
+
+
+class Kept:
+    """Says when it is freed."""
+
+    def __init__(self, freed: Callable[[], object]) -> None:
+        self._freed = freed
+
+    def __del__(self) -> None:
+        self._freed()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"baseline": "b"}, ValueError, r"baseline: got 'b', expected one of the variants \['a'\]"),
+        ({"variants": {"a": 1}}, TypeError, r"variants\['a'\]\[0\]: got int, expected a callable"),
+        ({"twin": 1}, TypeError, "twin: got int, expected a callable"),
+        ({"rounds": MIN_ROUNDS - 1}, ValueError, "rounds: got 9, expected at least 10"),
+        ({"warmup": 0}, ValueError, "warmup: got 0"),
+        ({"max_seconds": 0}, ValueError, "max_seconds: got 0"),
+    ],
+)
+def test_time_host_names_the_argument_at_fault(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        timing.time_host(**{"variants": {"a": calls(1)[0]}, "baseline": "a", **options})
+
+
 # ---- arguments ----
 
 
@@ -269,6 +347,8 @@ SAME = calls(1)[0]
         ({"a": [SAME, SAME]}, {}, ValueError, r"variants\['a'\]: the same callable comes twice"),
         ({"a": [1]}, {}, TypeError, r"variants\['a'\]\[0\]: got int, expected a callable"),
         ({"a": calls(1), "a again": calls(1)}, {}, ValueError, "kept for the second run of the baseline"),
+        ({"a": calls(2)}, {"twin": calls(1)}, ValueError, "twin: got 1 callables, expected 2 as in 'a'"),
+        ({"a": calls(1)}, {"twin": [None]}, TypeError, r"twin\[0\]: got NoneType, expected a callable"),
         ({"a": calls(1)}, {"rounds": MIN_ROUNDS - 1}, ValueError, "rounds: got 9, expected at least 10"),
         ({"a": calls(1)}, {"warmup": 0}, ValueError, "warmup: got 0"),
         ({"a": calls(1)}, {"flush_bytes": 0}, ValueError, "flush_bytes: got 0"),
@@ -287,6 +367,8 @@ def test_time_interleaved_names_the_argument_at_fault(
 def test_timing_without_a_gpu_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"time_interleaved: expected a CUDA or ROCm GPU, but torch .* sees none"):
         timing.time_interleaved({"a": calls(1)}, baseline="a", flush_bytes=2**28)
+    with pytest.raises(RuntimeError, match="time_host: expected a CUDA or ROCm GPU"):
+        timing.time_host({"a": SAME}, baseline="a")
     with pytest.raises(RuntimeError, match="sample_events: expected a CUDA or ROCm GPU"):
         timing.sample_events(SAME, repeats=1, warmup=1)
 
@@ -327,6 +409,48 @@ def test_twice_the_traffic_takes_twice_the_time_and_a_twin_is_not_resolvable(met
     assert not run.resolvable("twin"), run.verdict("twin")
     floor_us = 2 * 2 * 4 * elements / 10e12 * 1e6  # no card moves 10 TB/s
     assert run.quantiles["twice"].p50_us > floor_us, (run.quantiles["twice"], floor_us)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("method", ["graph", "events"])
+def test_a_twin_that_moves_more_is_a_noise_floor_of_that_size(method: timing.Method) -> None:
+    elements = 1 << 25
+    once, twice = (negations(3, times, elements) for times in (1, 2))
+    run = timing.time_interleaved(
+        {"once": once, "also": negations(3, 1, elements)}, baseline="once", twin=twice, flush_bytes=2**28, method=method
+    )
+    assert run.noise_floor > 0.45, f"the twin takes twice as long: got a floor of {run.noise_floor}, expected near 0.5"
+    assert not run.resolvable("also"), run.verdict("also")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_baseline_is_captured_twice() -> None:
+    x, captured = torch.randn(1 << 25, device="cuda"), []
+
+    def call() -> None:
+        """Twice the work in its second capture."""
+        if torch.cuda.is_current_stream_capturing():
+            captured.append(1)
+        for _ in range(max(1, len(captured))):
+            x.neg_()
+
+    run = timing.time_interleaved({"a": [call]}, baseline="a", flush_bytes=2**28)
+    assert len(captured) == 2
+    assert run.noise_floor > 0.4, run.noise_floor
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_host_time_leaves_out_what_the_device_does() -> None:
+    small, large = torch.ones(1, device="cuda"), torch.ones(1 << 28, device="cuda")
+    run = timing.time_host({"large": lambda: large.neg_(), "small": lambda: small.neg_()}, baseline="large")
+    device_us = 2 * 4 * large.numel() / 10e12 * 1e6  # no card moves 10 TB/s
+    assert run.method == "host"
+    assert run.quantiles["large"].p50_us < device_us / 2, (run.quantiles["large"], device_us)
+    assert 0.5 < run.ratios["small"].median < 2, run.verdict("small")
+    assert run.noise_floor < 0.25, run.noise_floor
 
 
 @pytest.mark.gpu

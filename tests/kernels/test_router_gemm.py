@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsv4ref.kernels.experts import router_logits
+from dsv4ref.kernels.experts import router_gemm, router_logits
 from dsv4ref.kernels.experts.router_gemm import ROWS_PATH, TILES, select_tile
+from dsv4ref.optimizations import catalogue
 from dsv4ref.optimizations.router_band import LOGIT_BAND
 
 SHAPES = {
@@ -98,6 +102,37 @@ def test_nan_and_infinity_stay_in_their_row_and_their_expert(rows: int, rng: tor
 def test_an_empty_batch_launches_nothing(device: str) -> None:
     weight = torch.zeros((4, 16), dtype=torch.bfloat16, device=device)
     assert router_logits(torch.zeros((0, 16), dtype=torch.bfloat16, device=device), weight).shape == (0, 4)
+
+
+class Launch:
+    """In a kernel's place: notes how it is launched, and launches nothing."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+        return lambda *args, **options: self.seen.append(options)
+
+
+@pytest.mark.parametrize("rows", [3, 20, 130, 1030])
+def test_a_launch_is_what_its_shape_says_down_to_the_stages(
+    rows: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, tile = Launch(), replace(select_tile(rows), num_stages=5)
+    monkeypatch.setattr(router_gemm, "_router_rows_kernel", launch)
+    monkeypatch.setattr(router_gemm, "_router_tile_kernel", launch)
+    monkeypatch.setattr(router_gemm, "select_tile", lambda rows: tile)
+    router_logits(*(torch.zeros((n, 16), dtype=torch.bfloat16, device=device) for n in (rows, 4)))
+    (seen,) = launch.seen
+    assert (seen["num_warps"], seen["num_stages"]) == (tile.num_warps, 5)
+    assert str(tile).endswith("s5")
+
+
+def test_what_the_chapter_compiles_is_what_is_launched() -> None:
+    tiles = {str(tile): tile for tile in (ROWS_PATH, *TILES)}
+    for request in catalogue.get("router_dtype").kernels("gfx942"):
+        tile = tiles[request.shape]
+        assert (request.num_warps, request.num_stages) == (tile.num_warps, tile.num_stages), request.shape
 
 
 def test_every_number_of_rows_has_a_launch_shape_and_limits_rise() -> None:

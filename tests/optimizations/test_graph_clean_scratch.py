@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from dsv4ref.evidence import timing
 from dsv4ref.evidence.allocations import count_allocations
 from dsv4ref.evidence.launches import count_launches
 from dsv4ref.kernels.aiter.emulation import emulated_library, library_for
 from dsv4ref.kernels.capture import emulated_capture, emulated_stream
-from dsv4ref.optimizations import catalogue
+from dsv4ref.optimizations import catalogue, graph_clean_scratch
 from dsv4ref.optimizations.graph_clean_scratch import (
     OPTIMIZED_LAUNCHES,
     CachedPlan,
     ScratchInputs,
+    _planted,
     _walk,
     placements,
 )
@@ -45,6 +47,53 @@ def test_allocations_go_from_sixteen_to_none(device: str) -> None:
     calls = OPT.timed(built("three-calls", device))
     assert count_allocations(calls["baseline"]).count == 16
     assert count_allocations(calls["optimized"]).count == 0
+
+
+class CastTwice(Scratch):
+    """The query is cast into a tensor of its own, and copied from there: the same bits at the same addresses."""
+
+    def prepare(self, q: torch.Tensor, indices: torch.Tensor, lengths: torch.Tensor, num_slots: int) -> None:
+        super().prepare(q, indices, lengths, num_slots)
+        self._buffers["q"].copy_(q.to(self.shape.q_dtype))
+
+
+def test_a_temporary_that_changes_no_bit_turns_the_gate_red(device: str) -> None:
+    inputs = built("three-calls", device)
+    verdict = OPT.gate.judge(
+        _planted(CastTwice)(inputs), baseline=OPT.baseline(inputs), reference=OPT.reference(inputs)
+    )
+    assert [c.output for c in verdict.comparisons if not c.passed] == ["allocated"], verdict.detail
+
+
+def test_what_the_hosts_clock_times_prepares_the_same_lists(device: str) -> None:
+    inputs = built("three-calls", device)
+    scratches: list[Scratch] = []
+
+    class Kept(Scratch):
+        def rebuild(self) -> None:
+            super().rebuild()
+            scratches.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_clean_scratch, "Scratch", Kept)
+        calls = graph_clean_scratch._host_timed(inputs)
+    assert list(calls) == ["baseline", "optimized", "replayed", "inputs copied, replayed"]
+    (scratch,) = scratches
+    lists: Any = calls["baseline"]()
+    for name in ("replayed", "inputs copied, replayed"):
+        for buffer in ("kv_indices", "kv_indptr", "counts"):
+            scratch.buffer(buffer).fill_(-7)
+        calls[name]()
+        for buffer in ("kv_indices", "kv_indptr", "counts"):
+            assert torch.equal(scratch.buffer(buffer), lists[buffer]), (name, buffer)
+
+
+@pytest.mark.gpu
+def test_a_replayed_preparation_keeps_the_host_for_less_time_than_an_eager_one() -> None:
+    inputs = OPT.make_inputs(OPT.case("flash-tp4-64"), "cuda", 0)
+    run = timing.time_host(graph_clean_scratch._host_timed(inputs), baseline="baseline", rounds=100)
+    p50 = {name: q.p50_us for name, q in run.quantiles.items()}
+    assert p50["replayed"] < p50["optimized"] < p50["baseline"], p50
 
 
 def test_what_is_timed_has_a_scratch_on_every_stream_that_calls_it(device: str) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from dsv4ref import kernels
 from dsv4ref.evidence import records
 from dsv4ref.evidence.gates import Check, Gate
 from dsv4ref.evidence.records import Record
-from dsv4ref.optimizations import catalogue
+from dsv4ref.optimizations import catalogue, chapter
 from dsv4ref.optimizations.decode_model import MEASURED_MODULES
-from dsv4ref.optimizations.measure import RedGateError, measure
+from dsv4ref.optimizations.measure import RedGateError, measure, measure_host_case
 from dsv4ref.optimizations.report import report_rows
 from dsv4ref.show import tables
 
@@ -65,8 +66,8 @@ OPTIMIZED = timed("optimized", 50.0)
 def test_a_row_holds_what_the_records_say_beside_prediction_and_claim() -> None:
     others = [timed("published table", 80.0), replace(timed("peer: FlashMLA", 40.0), peers="FlashMLA 1.0")]
     (row,) = report_rows([BASELINE, OPTIMIZED, *others])
-    chapter = catalogue.get("decode_launch_shape")
-    predicted = chapter.predict(chapter.case("flash-64"), "h200").ratio
+    opt = catalogue.get("decode_launch_shape")
+    predicted = opt.predict(opt.case("flash-64"), "h200").ratio
     assert predicted is not None
     claimed = row.pop("claimed")
     assert row == {
@@ -82,7 +83,7 @@ def test_a_row_holds_what_the_records_say_beside_prediction_and_claim() -> None:
         "predicted": predicted,
         "peers": {"FlashMLA": 40.0},
         "gate": "passed",
-        "hazards": len(chapter.hazards),
+        "hazards": len(opt.hazards),
         "stale": False,
         "variants": {"published table": 80.0},
         "bound_us": 20.0,
@@ -147,8 +148,38 @@ def test_rows_come_by_chapter_then_device_then_case() -> None:
 
 
 def test_two_methods_of_one_case_are_two_rows() -> None:
-    rows = report_rows([*_of(), *_of(method="host")])
+    rows = report_rows([*_of(), *_of(method=records.HOST)])
     assert sorted(row["method"] for row in rows) == ["graph", "host"]
+
+
+def test_host_time_has_no_prediction_and_no_place_among_device_times() -> None:
+    opt, slower = catalogue.get("decode_launch_shape"), _of(method=records.HOST, p80_us=900.0, p50_us=900.0)
+    assert [row["predicted"] for row in report_rows(slower)] == [None]
+    for rows in (chapter.board_rows(opt, [*_of(), *slower], ["h200"]), chapter.residual_rows(opt, [*_of(), *slower])):
+        found = [row.get("baseline_us", row.get("baseline: measured, us")) for row in rows if row["case"] == "flash-64"]
+        assert found == [100.0]
+    assert [row for row in chapter.board_rows(opt, slower, ["h200"]) if row["ratio"] is not None] == []
+
+
+def test_each_clock_has_its_own_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = "h200-of-a-test"
+    mine = [replace(r, device=device) for r in (*_of(), *_of(method=records.HOST))]
+    records.write(tmp_path / device / "decode_launch_shape.jsonl", mine)
+    monkeypatch.setenv("DSV4REF_RECORDS", str(tmp_path))
+    monkeypatch.setattr(kernels, "mode", lambda: "interpreted")  # on a GPU it would measure instead of reading
+    opt = catalogue.get("decode_launch_shape")
+    for take, method in ((chapter.measurements, "graph"), (chapter.host_measurements, "host")):
+        _, found = take(opt, ["flash-64"])
+        assert [(r.method, r.variant) for r in found if r.device == device] == [
+            (method, "baseline"), (method, "optimized")
+        ]  # fmt: skip
+    assert chapter.host_measurements(opt, ["flash-1"]) == ("no host time has been recorded for this chapter yet", [])
+
+
+def test_a_chapter_without_host_calls_says_so() -> None:
+    opt = catalogue.get("decode_launch_shape")
+    with pytest.raises(ValueError, match="opt: decode_launch_shape has nothing to time on the host"):
+        measure_host_case(opt, opt.case("flash-64"), seed=0, run="r")
 
 
 @pytest.mark.parametrize(
@@ -180,18 +211,18 @@ def test_the_shipped_records_make_rows() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_nothing_is_measured_without_a_gpu(tmp_path: Path) -> None:
-    chapter = catalogue.get("output_passthrough")
+    opt = catalogue.get("output_passthrough")
     with pytest.raises(RuntimeError, match=r"measure.* GPU"):
-        next(measure(chapter, tmp_path, seed=0))
+        next(measure(opt, tmp_path, seed=0))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.gpu
 def test_nothing_is_measured_behind_a_red_gate(tmp_path: Path) -> None:
-    chapter = catalogue.get("output_passthrough")
+    opt = catalogue.get("output_passthrough")
     red = replace(
-        chapter,
-        cases={name: chapter.cases[name] for name in ("tiny", "flash-1")},
+        opt,
+        cases={name: opt.cases[name] for name in ("tiny", "flash-1")},
         hazards={},
         optimized=lambda inputs: {"out": torch.zeros_like(inputs.decode.q)},
         gate=Gate((Check("out", "budget", "attention_bf16"),)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -20,6 +22,26 @@ def test_each_block_has_its_own_scale(dialect: Dialect, rng: torch.Generator) ->
     for n, k in ((0, 0), (127, 127), (127, 128), (128, 127), (129, 255), (129, 256), (64, 200)):
         want = values[n, k].item() * 2.0 ** (scale[n // WEIGHT_BLOCK, k // WEIGHT_BLOCK].item() - 127)
         assert got[n, k].item() == want, (n, k)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "message"),
+    [
+        (
+            (130, 257),
+            (2, 4),
+            "scale: got shape [2, 4], expected [2, 3], one per 128 x 128 block of a weight [130, 257]",
+        ),
+        ((130, 257), (130, 3), "scale: got shape [130, 3], expected [2, 3]"),
+        ((130, 257), (1, 3), "scale: got shape [1, 3], expected [2, 3]"),
+        ((130, 257), (6,), "scale: got shape [6], expected [2, 3]"),
+        ((2, 128, 128), (1, 1), "weight: got shape [2, 128, 128], expected [N, K]"),
+    ],
+)
+def test_scales_of_another_shape_are_refused(weight: tuple[int, ...], scale: tuple[int, ...], message: str) -> None:
+    codes = torch.zeros(weight, dtype=torch.uint8).view(Dialect.FN.dtype)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dequantise_weight_ref(codes, torch.full(scale, 127, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("dialect", Dialect)

@@ -73,13 +73,14 @@ def test_contents_name_a_chapter_without_a_notebook_and_leave_pages_out(tmp_path
     ]
 
 
-def test_one_case_each_prefers_the_usual_case_and_keeps_devices_apart() -> None:
+def test_one_case_each_prefers_the_usual_case_keeps_devices_apart_and_leaves_host_time_out() -> None:
     rows = [
         {"id": id, "case": case, "device": device, "method": "graph"}
         for id, case, device in (
             ("a", "flash-1", "h200"), ("a", home.CASE, "h200"), ("a", "flash-1", "mi300x"), ("b", "c4", "h200"),
         )
     ]  # fmt: skip
+    rows.insert(0, {"id": "a", "case": home.CASE, "device": "h200", "method": "host"})
     chosen = [(row["id"], row["case"], row["device"]) for row in home.one_case_each(rows)]
     assert chosen == [("a", home.CASE, "h200"), ("a", "flash-1", "mi300x"), ("b", "c4", "h200")]
     with pytest.raises(ValueError, match="rows: got none"):

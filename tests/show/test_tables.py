@@ -149,6 +149,13 @@ def test_the_scoreboard_reads_a_row_of_the_report() -> None:
     assert 'data-sort="">–</td>' in page  # sorts among the unknown
 
 
+def test_the_scoreboard_says_by_which_clock_once_a_row_is_of_the_hosts() -> None:
+    device, host = SCORE | {"method": "graph"}, SCORE | {"method": "host"}
+    assert "method" not in tables.scoreboard([device]).text
+    lines = tables.scoreboard([device, host]).text.splitlines()[-2:]
+    assert [re.split(r"  +", line)[3] for line in lines] == ["graph", "host"]
+
+
 def test_what_was_not_measured_is_not_given_a_number() -> None:
     shown = tables.scoreboard([PREDICTED])
     assert re.split(r"  +", shown.text.splitlines()[-1])[5:] == ["not measured", "–", "–", "–", "–", "–"]
