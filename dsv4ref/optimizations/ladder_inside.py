@@ -20,7 +20,7 @@ from dsv4ref.optimizations.ladder_subjects import EngineSubject
 
 __all__ = ["look_inside", "trace_counts"]
 
-_TRACED_STEPS = 2
+_TIMES = ("device_ms", "gaps_ms", "host_ms", "host_percent")
 _STEP_LABEL = "decode step"
 
 
@@ -36,8 +36,11 @@ def look_inside(
         rehearsal: say in every row that it is one.
 
     Returns:
-        Rows with rung, launches, device_ms, host_ms and host_percent (of a step's time, what the device had nothing to
-        do in; None on the CPU), engine_bytes, step_bytes, note; and of the traces: rung, file and `trace_counts`.
+        Rows with rung, launches, device_ms (busy), gaps_ms (idle between its launches), host_ms and host_percent,
+        engine_bytes, step_bytes, note; times are None on the CPU. And of the traces: rung, file and `trace_counts`.
+
+        The host's time is what of the mean step the device has nothing of the step to do in. The gaps between launches
+        that the host makes one by one count to it. Those between the launches of a graph do not: they are all there.
     """
     tpot = {row["rung"]: row["tpot_ms"] for row in rows if row["tpot_ms"] is not None}
     inside, traces = [], []
@@ -52,14 +55,14 @@ def look_inside(
                 counts = trace_counts(_trace(subject, kept or Path(folder) / "trace.json.gz"))
         row: dict[str, Any] = {"rung": rung}
         if subject.on_gpu:
-            busy_ms = counts["busy_us"] / 1e3
-            host_ms = max(ms - busy_ms, 0.0)
+            busy_ms, gaps_ms = counts["busy_us"] / 1e3, (counts["span_us"] - counts["busy_us"]) / 1e3
+            host_ms = max(ms - busy_ms - (gaps_ms if subject.replayed else 0.0), 0.0)
             row["launches"] = sum(counts[kind] for kind in ("kernel", "copy", "fill"))
-            row |= {"device_ms": busy_ms, "host_ms": host_ms, "host_percent": 100 * host_ms / ms}
+            row |= {"device_ms": busy_ms, "gaps_ms": gaps_ms, "host_ms": host_ms, "host_percent": 100 * host_ms / ms}
         else:
             subject.rewind()
             counted = launches.count_launches(subject.step, warmup=0, method="aten-dispatch+interpreter")
-            row |= {"launches": counted.total} | dict.fromkeys(("device_ms", "host_ms", "host_percent"))
+            row |= {"launches": counted.total} | dict.fromkeys(_TIMES)
         row |= {"engine_bytes": subject.engine_bytes, "step_bytes": subject.step_bytes()}
         inside.append(row | {"note": note})
         if kept is not None:
@@ -68,17 +71,22 @@ def look_inside(
 
 
 def _trace(subject: EngineSubject, path: Path) -> Path:
-    """Profile a few steps into a Chrome trace, each under a label; the last one is the one to read."""
+    """Profile one step into a Chrome trace, under a label; the step before it goes through the profiler and is dropped.
+
+    A profile may lose its first kernels, which are then those of the step that nobody reads.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(_TRACED_STEPS):
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=schedule) as profile:
+        for _ in range(2):
             with torch.profiler.record_function(_STEP_LABEL):
                 subject.step()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
+            profile.step()
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "trace.json"  # the profiler's own gzip goes line by line, for as long as all the rest
         profile.export_chrome_trace(str(plain))
@@ -89,14 +97,12 @@ def _trace(subject: EngineSubject, path: Path) -> Path:
 def trace_counts(path: Path) -> dict[str, Any]:
     """What the last decode step of a trace holds, read back from the file.
 
-    A profile may lose its first kernels; the last step is behind them.
-
     Args:
         path: a Chrome trace, gzipped, of steps under the label ``decode step``.
 
     Returns:
-        kernel, copy, fill (launches on the device; 0 on a CPU), operators (ATen operators, nested ones too), and
-        busy_us (device time of the launches).
+        kernel, copy, fill (launches on the device; 0 on a CPU), operators (ATen operators, nested ones too), busy_us
+        (device time of the launches) and span_us (from the beginning of the first to the end of the last).
 
     Raises:
         ValueError: no such label in the trace.
@@ -114,4 +120,6 @@ def trace_counts(path: Path) -> dict[str, Any]:
     counts["operators"] = sum(e.get("cat") == "cpu_op" for e in inside)
     device = [e for e in inside if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     counts["busy_us"] = sum(float(e["dur"]) for e in device)
+    ends = [(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in device]
+    counts["span_us"] = max(end for _, end in ends) - min(at for at, _ in ends) if ends else 0.0
     return counts

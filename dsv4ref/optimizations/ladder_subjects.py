@@ -1,8 +1,8 @@
 """What takes turns in a ladder's rounds: one decode engine per set of switches, all from the same checkpoint.
 
-Prompts are computed once, by the engine with every switch off. Every other engine takes over its requests, tokens and
-caches as they stand there (`dsv4ref.serving.checkpoints`), and goes back to them before each window: so all windows of
-all rungs begin at the same positions over the same bytes, no engine wears out, and nothing is computed again.
+Prompts are computed once, by an engine without device steps. Every engine takes over its requests, tokens and caches as
+they stand there (`dsv4ref.serving.checkpoints`), and goes back to them before each window: so all windows of all rungs
+begin at the same positions over the same bytes, no engine wears out, and nothing is computed again.
 
 The gate costs no run of its own. The steps that warm an engine up are steps of the timed rows, on the timed engine and
 from that checkpoint, and their greedy tokens are held against those of everything off.
@@ -10,6 +10,7 @@ from that checkpoint, and their greedy tokens are held against those of everythi
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -23,24 +24,31 @@ from dsv4ref.optimizations.ladder_workload import Generated, Preset
 from dsv4ref.ref.model import Model
 from dsv4ref.serving.checkpoints import Checkpoint
 from dsv4ref.serving.engine import DecodeEngine
+from dsv4ref.serving.features import unavailable
 
 __all__ = ["EngineSubject", "Oracle", "computed_prompts", "steps_for", "timed_oracle"]
 
 _LEAST_STEPS = 2
 
 
-def _new_engine(model: Model, preset: Preset, switches: Switches, device: torch.device | str) -> DecodeEngine:
+_FOR_PROMPTS = ("grouped_experts", "resident_weights")
+"""Switches that make prompts cheaper; which ones computed them is the same for every rung."""
+
+
+def _new_engine(
+    model: Model, preset: Preset, switches: Switches, device: torch.device | str, *, keep_logits: bool = False
+) -> DecodeEngine:
     features = features_of(switches)
     # One batch size is decoded, so one is captured.
     buckets = (preset.requests,) if features.device_step else None
     return DecodeEngine(
         model, features, slots=preset.requests, max_length=preset.max_length, chunk=preset.chunk, device=device,
-        buckets=buckets,
+        buckets=buckets, keep_logits=keep_logits,
     )  # fmt: skip
 
 
 def computed_prompts(model: Model, preset: Preset, asked: Tensor, device: torch.device | str) -> Checkpoint:
-    """The benchmark's requests behind their prompts, computed by the engine with every switch off.
+    """The benchmark's requests behind their prompts, computed without device steps and graphs.
 
     Args:
         model: the slice.
@@ -48,7 +56,8 @@ def computed_prompts(model: Model, preset: Preset, asked: Tensor, device: torch.
         asked: int64 ``[requests, prompt]``.
         device: of the engine.
     """
-    engine = _new_engine(model, preset, frozenset(), device)
+    switches = frozenset(name for name in _FOR_PROMPTS if name not in unavailable(model))
+    engine = _new_engine(model, preset, switches, device)
     for prompt in asked:
         engine.submit(prompt, preset.output)
     while True:
@@ -86,17 +95,15 @@ class Oracle:
 
 def timed_oracle(model: Model, preset: Preset, start: Checkpoint, device: torch.device | str) -> Oracle:
     """Everything off, and the straightforward bf16 attention beside it for the budget, over the warm-up's steps."""
-    engine = _new_engine(model, preset, frozenset(), device)
-    off, _ = _answers(engine, start, preset.warmup, keep_logits=True)
+    engine = _new_engine(model, preset, frozenset(), device, keep_logits=True)
+    off, _ = _answers(engine, start, preset.warmup)
     workload.attend_plainly(engine)
-    plain, _ = _answers(engine, start, preset.warmup, keep_logits=True)
+    plain, _ = _answers(engine, start, preset.warmup)
     return Oracle(off, workload.gate_budget(plain, off))
 
 
-def _answers(
-    engine: DecodeEngine, start: Checkpoint, steps: int, *, keep_logits: bool = False
-) -> tuple[Generated, list[float]]:
-    """Tokens of so many steps from a checkpoint, logits where they are wanted, and the seconds of each step."""
+def _answers(engine: DecodeEngine, start: Checkpoint, steps: int) -> tuple[Generated, list[float]]:
+    """Tokens of so many steps from a checkpoint, logits where the engine keeps them, and the seconds of each step."""
     engine.restore(start)
     seen, seconds = Generated(), []
     for _ in range(steps):
@@ -106,7 +113,7 @@ def _answers(
         _raise_failed(result)
         for id, token in result.tokens.items():
             seen.tokens.setdefault(id, []).append(token)
-            if keep_logits:
+            if id in result.logits:
                 seen.logits.setdefault(id, []).append(result.logits[id].float().cpu())
     return seen, seconds
 
@@ -150,6 +157,11 @@ class EngineSubject:
         self._made = preset.warmup
 
     @property
+    def replayed(self) -> bool:
+        """Whether its steps are replays of a graph."""
+        return self._engine.decoder is not None and bool(self._engine.decoder.captured)
+
+    @property
     def room(self) -> int:
         """Decode steps of a window at most, before the first request leaves."""
         longest = max(len(request.output) for request in self._start.requests)
@@ -190,17 +202,25 @@ class EngineSubject:
     def window(self, steps: int) -> tuple[float, ...]:
         """Seconds of each decode step of a window, by the host's clock, the device idle before and after each.
 
+        Python's cycle collector is off meanwhile: how long it takes depends on all engines there are, not on this one.
+
         Args:
             steps: at most; `steps` where that is fewer.
         """
         self.rewind()
         seconds = []
-        for _ in range(min(steps, self.steps)):
-            self._wait()
-            began = time.perf_counter()
-            self.step()
-            self._wait()
-            seconds.append(time.perf_counter() - began)
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for _ in range(min(steps, self.steps)):
+                self._wait()
+                began = time.perf_counter()
+                self.step()
+                self._wait()
+                seconds.append(time.perf_counter() - began)
+        finally:
+            if collecting:
+                gc.enable()
         return tuple(seconds)
 
     def step_bytes(self) -> int | None:

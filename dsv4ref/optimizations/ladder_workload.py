@@ -152,8 +152,8 @@ _TINY = _slice(
 # has to choose.
 _FLASH: dict[str, Any] = {
     "config": _slice(V4_FLASH, "v4-flash-slice", (SWA, C4, C128)),
-    "chunk": 2048, "window": 32, "sample_s": 1.5, "warmup": 8, "repeats": 20, "gate": (4, 136, 4),
-    "batches": (1, 64, 1024), "soak": SoakPlan(2000, 100, 8, ((4, 40), (130, 12), (9, 64), (6, 25), (1, 9))),
+    "chunk": 2048, "window": 64, "sample_s": 1.0, "warmup": 5, "repeats": 20, "gate": (4, 136, 4),
+    "batches": (1, 64, 1024), "soak": SoakPlan(2000, 100, 8, ((4, 100), (2, 40), (9, 200), (6, 60), (1, 20))),
     "rehearsal": False,
 }  # fmt: skip
 

@@ -351,7 +351,9 @@ class DecodeEngine:
         requests = [segment.request for segment in segments]
         rows = [self.decoder.row(r.id, r.computed, *r.tokens(r.computed, r.computed + 1)) for r in requests]
         tokens, logits = self.decoder.decode(rows, self.operations)
-        kept = logits.clone() if self._keep_logits else logits  # the next step writes over them
+        kept: Iterable[Tensor | None] = [None] * len(rows)
+        if self._keep_logits:
+            kept = logits.clone()  # the next step writes over them
         return [
             _Computed(segment, None, True, token, row)
             for segment, token, row in zip(segments, tokens, kept, strict=True)

@@ -415,7 +415,8 @@ RUNGS = (
 )
 INSIDE = (
     Column("rung"),
-    Column("device_ms", "device, ms"),
+    Column("device_ms", "device busy, ms"),
+    Column("gaps_ms", "gaps between launches, ms"),
     Column("engine_bytes", "engine keeps, bytes"),
     Column("step_bytes", "a step takes, bytes"),
 )

@@ -370,7 +370,7 @@ def test_a_trace_is_read_within_its_last_step(tmp_path: Path) -> None:
     with gzip.open(path, "wt") as file:
         json.dump({"traceEvents": events}, file)
     found = inside.trace_counts(path)
-    assert found == {"kernel": 1, "copy": 1, "fill": 1, "operators": 1, "busy_us": 33.0}
+    assert found == {"kernel": 1, "copy": 1, "fill": 1, "operators": 1, "busy_us": 33.0, "span_us": 46.0}
     with gzip.open(path, "wt") as file:
         json.dump({"traceEvents": events[1:2]}, file)
     with pytest.raises(ValueError, match="has no 'decode step'"):

@@ -25,7 +25,7 @@ def rung(name: str, tpot_ms: float, speedup: float | None, floor: float = 0.001)
 
 def looked(name: str, launches: int, percent: float | None) -> dict[str, Any]:
     ms = None if percent is None else percent / 10
-    keys = ("device_ms", "engine_bytes", "step_bytes")
+    keys = ("device_ms", "gaps_ms", "engine_bytes", "step_bytes")
     return {"rung": name, "launches": launches, "host_ms": ms, "host_percent": percent, "note": ""} | dict.fromkeys(
         keys
     )
@@ -43,7 +43,7 @@ def report() -> dict[str, Any]:
         looked("+ captured_steps", 901, 1.5),
     ]
     metadata = [
-        {"batch": 64, "step": kind, "host_us": us, "host_us_ci": [us, us], "launches": count, "loads": 0.0, "repeats": 9}
+        {"batch": 64, "step": kind, "host_us": us, "host_us_ci": [us, us], "launches": count, "loads": 0.0}
         for kind, us, count in (("steady", 20.0, 0), ("another row", 90.0, 6))
     ]  # fmt: skip
     share = {"median": 1.5, "low": 1.25, "high": 1.75}
