@@ -152,7 +152,7 @@ _TINY = _slice(
 # has to choose.
 _FLASH: dict[str, Any] = {
     "config": _slice(V4_FLASH, "v4-flash-slice", (SWA, C4, C128)),
-    "chunk": 2048, "window": 64, "sample_s": 1.0, "warmup": 5, "repeats": 20, "gate": (4, 136, 4),
+    "chunk": 2048, "window": 64, "sample_s": 1.0, "warmup": 5, "repeats": 20, "gate": (2, 130, 4),
     "batches": (1, 64, 1024), "soak": SoakPlan(2000, 100, 8, ((4, 100), (2, 40), (9, 200), (6, 60), (1, 20))),
     "rehearsal": False,
 }  # fmt: skip
