@@ -312,11 +312,12 @@ _CASES = (
 
 
 def _requests(arch: str) -> tuple[CompileRequest, ...]:
-    """The GEMM at every launch shape; nothing in it depends on the architecture."""
-    return tuple(_request(tile) for tile in (ROWS_PATH, *TILES))
+    """The GEMM at every launch shape; of the architecture only the number of stages depends."""
+    requests = [_request(tile, arch) for tile in (ROWS_PATH, *TILES)]
+    return tuple({request.shape: request for request in requests}.values())  # two tiles may differ in max_rows alone
 
 
-def _request(tile: RouterTile) -> CompileRequest:
+def _request(tile: RouterTile, arch: str) -> CompileRequest:
     tiled = tile.block_m > 1
     pointers = {"x": "*bf16", "weight": "*bf16", "out": "*fp32"}
     sizes = dict.fromkeys(("experts", "depth", "x_stride", "out_stride"), "i32")
@@ -325,11 +326,11 @@ def _request(tile: RouterTile) -> CompileRequest:
         kernel="router_gemm",
         module="dsv4ref.kernels.experts.router_gemm",
         function="_router_tile_kernel" if tiled else "_router_rows_kernel",
-        shape=str(tile),
+        shape=f"{tile} s{tile.stages(arch)}",
         signature={**pointers, **({"rows": "i32"} if tiled else {}), **sizes},
         constexprs=constants | ({"BLOCK_M": tile.block_m, "SLICES": tile.slices} if tiled else {}),
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=tile.stages(arch),
         divisible_by_16=frozenset(pointers) | frozenset(sizes),
         within_2gb=frozenset(pointers),
     )

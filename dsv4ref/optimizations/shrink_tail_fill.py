@@ -25,7 +25,7 @@ from dsv4ref.evidence.gates import Check, Gate
 from dsv4ref.optimizations.base import Case, Hazard, Optimization, Prediction
 from dsv4ref.serving.tail_fill import TailFilled
 
-__all__ = ["GAP", "LAUNCH_US", "OPTIMIZATION", "FillInputs", "FillStep", "observed", "replay"]
+__all__ = ["GAP", "LAUNCH_US", "OPTIMIZATION", "FillInputs", "FillStep", "observed", "replay", "written_by"]
 
 LAUNCH_US = 2.0
 """Assumed cost of one small launch inside a graph, microseconds, as in chapter 06."""
@@ -34,7 +34,9 @@ GAP = -1
 """What stands in the compared outputs where an index may hold anything, and behind a row that has ended."""
 
 _FILLS = ("req_id", "indices", "indptr")
-_WRITES = ("copy req_id", "cumulative sum into indptr", "flatten the rest of indptr")
+_WRITES = {"copy req_id": 1, "cumulative sum into indptr": 2, "flatten the rest of indptr": 2}
+"""Operators of `TailFilled.write`, and the launches of each on a GPU, counted on an H200: the sum prepares itself, and
+the number that the rest is filled with is copied first. On a CPU an operator counts as one."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,16 @@ def _timed(inputs: FillInputs) -> Mapping[str, Callable[[], object]]:
     return {"baseline": full, "optimized": tail}
 
 
+def written_by(tokens: int, most: int) -> tuple[str, ...]:
+    """The operators of a step's `TailFilled.write` that have something to write.
+
+    Args:
+        tokens, most: of the step, and of the largest step there may be.
+    """
+    copied, summed, flattened = _WRITES
+    return (*((copied, summed) if tokens else ()), *((flattened,) if tokens < most else ()))
+
+
 def _predict(case: Case, device_key: str) -> Prediction:
     """The last step of a case, after the one before it."""
     p = case.params
@@ -217,7 +229,7 @@ def _predict(case: Case, device_key: str) -> Prediction:
     written = 4 * (2 * tokens + 2 * tokens + most - tokens)
     filled = 4 * (most + most * topk + most + 1)
     cleared = 4 * max(before - tokens, 0) * (1 + topk)
-    writes = len(_WRITES) if 0 < tokens < most else len(_WRITES) - 1 if tokens else 1
+    writes = sum(_WRITES[name] for name in written_by(tokens, most))
     spec = device.KNOWN_DEVICES.get(device_key)
     baseline_us = optimized_us = bound_us = None
     fills = len(_FILLS[:2]) if cleared else 0

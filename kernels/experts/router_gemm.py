@@ -30,6 +30,10 @@ from dsv4ref.kernels.codes import architecture
 __all__ = ["ROWS_PATH", "TILES", "RouterTile", "router_logits", "select_tile"]
 
 
+AMD_STAGES = 2
+"""Triton's own choice for AMD. More take LDS from waves (the ISA shows it), and nobody has timed them there."""
+
+
 @dataclass(frozen=True)
 class RouterTile:
     """A launch shape.
@@ -40,8 +44,7 @@ class RouterTile:
             matrix units.
         slices: parts of D that are summed apart.
         num_warps: waves per program.
-        num_stages: steps of the loop over D that the compiler keeps in flight; named, because Triton's own choice
-            differs between vendors.
+        num_stages: steps of the loop over D that the compiler keeps in flight on Nvidia.
     """
 
     max_rows: int | None
@@ -54,7 +57,11 @@ class RouterTile:
 
     def __str__(self) -> str:
         sliced = f"/{self.slices}" if self.slices > 1 else ""
-        return f"{self.block_m}x{self.block_e}x{self.block_k}{sliced} w{self.num_warps} s{self.num_stages}"
+        return f"{self.block_m}x{self.block_e}x{self.block_k}{sliced} w{self.num_warps}"
+
+    def stages(self, arch: str) -> int:
+        """Pipeline stages of a launch on an architecture: named here, for the launch and for whoever compiles it."""
+        return AMD_STAGES if arch.startswith("gfx") else self.num_stages
 
     def programs(self, rows: int, experts: int) -> int:
         """Programs of a launch."""
@@ -65,11 +72,15 @@ ROWS_PATH = RouterTile(8, 1, 2, 1024, 1, 4, 3)
 """One row and two experts to a program: 128 programs for one token and 256 experts."""
 
 TILES = (
-    RouterTile(128, 16, 16, 64, 4, 4, 3),
-    RouterTile(1024, 32, 32, 128, 1, 4, 3),
+    RouterTile(128, 16, 16, 64, 4, 4, 4),
+    RouterTile(1024, 32, 32, 128, 1, 4, 4),
+    RouterTile(4096, 64, 64, 64, 1, 4, 4),
     RouterTile(None, 64, 64, 64, 1, 4, 3),
 )
-"""Chosen by counting programs, not by measuring: 128 rows of 256 experts make 128, 1,024 make 256, 8,192 make 512."""
+"""Blocks are chosen by counting programs, not by measuring: 128 rows of 256 experts make 128, 1,024 make 256, 8,192
+make 512. Stages were tried, one to four, on an H200: four hide more of the way to memory; but with four only three
+programs of 64 x 64 fit an SM, too few for 512 at once.
+"""
 
 
 def select_tile(rows: int) -> RouterTile:
@@ -169,7 +180,7 @@ def router_logits(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Te
     if depth > 1 and x.stride(1) != 1:
         raise ValueError(f"x: got strides {x.stride()}, expected a unit stride in the last dimension")
     checks.check_tensor("weight", weight, dtype=torch.bfloat16, shape=("E", depth), device=x.device, contiguous=True)
-    architecture(x.device)  # refuses CPU tensors where kernels are compiled
+    arch = architecture(x.device)  # refuses CPU tensors where kernels are compiled
     experts = weight.shape[0]
     if out is None:
         out = torch.empty((rows, experts), dtype=torch.float32, device=x.device)
@@ -181,16 +192,17 @@ def router_logits(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Te
     if out.numel() == 0:
         return out
     tile = select_tile(rows)
+    stages = tile.stages(arch)
     grid = (-(-rows // tile.block_m), -(-experts // tile.block_e))
     if tile.block_m == 1:
         _router_rows_kernel[grid](
             x, weight, out, experts, depth, x.stride(0), out.stride(0), BLOCK_E=tile.block_e, BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=stages,
         )  # fmt: skip
     else:
         _router_tile_kernel[grid](
             x, weight, out, rows, experts, depth, x.stride(0), out.stride(0), BLOCK_M=tile.block_m,
             BLOCK_E=tile.block_e, BLOCK_K=tile.block_k, SLICES=tile.slices, num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            num_stages=stages,
         )  # fmt: skip
     return out

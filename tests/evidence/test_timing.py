@@ -288,10 +288,14 @@ class Clock:
 def test_host_time_is_the_calls_own_and_waits_on_either_side_are_not_in_it() -> None:
     clock, log = Clock(), []
 
+    def freed() -> None:
+        clock.spend(500)
+        log.append("freed")
+
     def call() -> object:
         clock.spend(7)
         log.append("call")
-        return Kept(lambda: (clock.spend(500), log.append("freed")))
+        return Kept(freed)
 
     def settle() -> None:
         clock.spend(90)

@@ -79,17 +79,18 @@ def test_the_h200s_records_say_what_the_page_says_of_them() -> None:
         if tokens <= 8:
             assert row["ratio_ci"][0] > 1 + row["noise_floor"], (name, row["ratio_ci"])
             assert behind < 0 < us["source, rounded bias"] - row["optimized_us"], (name, us)
+        elif name == "flash-64":
+            assert abs(behind) < cast / 2, (name, behind, cast)
         else:
-            assert behind > 0, (name, us)
-            assert (behind < cast) == (name == "flash-64"), (name, behind, cast)
-        if tokens >= 64 and name != "flash-64":
+            assert behind > (0.8 if tokens == 64 else 1) * cast, (name, behind, cast)
+        if tokens >= 256:
             assert row["ratio_ci"][1] < 1 - row["noise_floor"], (name, row["ratio_ci"])
 
 
-def test_a_step_along_d_takes_about_half_a_microsecond() -> None:
+def test_a_step_along_d_takes_a_third_to_six_tenths_of_a_microsecond() -> None:
     rows = on_h200()
     for name in ("flash-64", "flash-1024", "v32-64", "v32-256", "v32-1024"):
         p = OPT.cases[name].params
         tile = select_tile(p["rows"])
         step = rows[name]["variants"]["fp32 gemm"] / -(-p["depth"] // (tile.block_k * tile.slices))
-        assert 0.45 < step < 0.6, (name, step)
+        assert 1 / 3 < step < 0.6, (name, step)

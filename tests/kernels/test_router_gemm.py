@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv4ref.kernels import codes
 from dsv4ref.kernels.experts import router_gemm, router_logits
 from dsv4ref.kernels.experts.router_gemm import ROWS_PATH, TILES, select_tile
 from dsv4ref.optimizations import catalogue
@@ -124,15 +125,19 @@ def test_a_launch_is_what_its_shape_says_down_to_the_stages(
     monkeypatch.setattr(router_gemm, "select_tile", lambda rows: tile)
     router_logits(*(torch.zeros((n, 16), dtype=torch.bfloat16, device=device) for n in (rows, 4)))
     (seen,) = launch.seen
-    assert (seen["num_warps"], seen["num_stages"]) == (tile.num_warps, 5)
-    assert str(tile).endswith("s5")
+    assert (seen["num_warps"], seen["num_stages"]) == (
+        tile.num_warps,
+        tile.stages(codes.architecture(torch.device(device))),
+    )
+    assert (tile.stages("sm_90"), tile.stages("gfx942")) == (5, router_gemm.AMD_STAGES)
 
 
 def test_what_the_chapter_compiles_is_what_is_launched() -> None:
-    tiles = {str(tile): tile for tile in (ROWS_PATH, *TILES)}
-    for request in catalogue.get("router_dtype").kernels("gfx942"):
-        tile = tiles[request.shape]
-        assert (request.num_warps, request.num_stages) == (tile.num_warps, tile.num_stages), request.shape
+    for arch in ("gfx942", "gfx950", "sm_90"):
+        requests = catalogue.get("router_dtype").kernels(arch)
+        launched = {(f"{tile} s{tile.stages(arch)}", tile.num_warps, tile.stages(arch)) for tile in (ROWS_PATH, *TILES)}
+        assert {(r.shape, r.num_warps, r.num_stages) for r in requests} == launched
+        assert len(requests) == len(launched)
 
 
 def test_every_number_of_rows_has_a_launch_shape_and_limits_rise() -> None:
@@ -140,8 +145,8 @@ def test_every_number_of_rows_has_a_launch_shape_and_limits_rise() -> None:
     assert limits[-1] is None
     known = [limit for limit in limits if limit is not None]
     assert known == sorted(known)
-    assert [select_tile(m) for m in (0, 1, 8, 9, 128, 129, 1024, 1025, 8192)] == [
-        *[ROWS_PATH] * 3, *[TILES[0]] * 2, *[TILES[1]] * 2, *[TILES[2]] * 2
+    assert [select_tile(m) for m in (0, 1, 8, 9, 128, 129, 1024, 1025, 4096, 4097, 8192)] == [
+        *[ROWS_PATH] * 3, *(tile for tile in TILES for _ in range(2))
     ]  # fmt: skip
     with pytest.raises(ValueError, match="rows: got -1, expected at least 0"):
         select_tile(-1)
