@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsv4ref.evidence import launches
@@ -20,7 +21,8 @@ from dsv4ref.optimizations.ladder_subjects import EngineSubject
 
 __all__ = ["look_inside", "trace_counts"]
 
-_TIMES = ("device_ms", "gaps_ms", "host_ms", "host_percent")
+_TIMES = ("device_ms", "host_ms", "host_percent")
+_PAIR_STEPS, _PAIRS = 16, 7
 _STEP_LABEL = "decode step"
 
 
@@ -36,11 +38,12 @@ def look_inside(
         rehearsal: say in every row that it is one.
 
     Returns:
-        Rows with rung, launches, device_ms (busy), gaps_ms (idle between its launches), host_ms and host_percent,
-        engine_bytes, step_bytes, note; times are None on the CPU. And of the traces: rung, file and `trace_counts`.
+        Rows with rung, launches, device_ms, host_ms and host_percent, engine_bytes, step_bytes, note; times are None on
+        the CPU. And of the traces: rung, file and `trace_counts`.
 
-        The host's time is what of the mean step the device has nothing of the step to do in. The gaps between launches
-        that the host makes one by one count to it. Those between the launches of a graph do not: they are all there.
+        The host's time is the part of a step in which the device waits for it. Of launches that the host makes one by
+        one that is the mean step less what the profile has the device busy. A replay's launches wait for nobody: there
+        it is the step less the same step launched without looking at its answer, both by clocks and no profile.
     """
     tpot = {row["rung"]: row["tpot_ms"] for row in rows if row["tpot_ms"] is not None}
     inside, traces = [], []
@@ -55,10 +58,13 @@ def look_inside(
                 counts = trace_counts(_trace(subject, kept or Path(folder) / "trace.json.gz"))
         row: dict[str, Any] = {"rung": rung}
         if subject.on_gpu:
-            busy_ms, gaps_ms = counts["busy_us"] / 1e3, (counts["span_us"] - counts["busy_us"]) / 1e3
-            host_ms = max(ms - busy_ms - (gaps_ms if subject.replayed else 0.0), 0.0)
             row["launches"] = sum(counts[kind] for kind in ("kernel", "copy", "fill"))
-            row |= {"device_ms": busy_ms, "gaps_ms": gaps_ms, "host_ms": host_ms, "host_percent": 100 * host_ms / ms}
+            pairs = [(ms / 1e3, counts["busy_us"] / 1e6)]
+            if subject.replayed:
+                pairs = subject.host_and_device(_PAIR_STEPS, _PAIRS)
+            stepped, device = (1e3 * float(np.median(times)) for times in zip(*pairs, strict=True))
+            waited = 1e3 * float(np.median([step - alone for step, alone in pairs]))
+            row |= {"device_ms": device, "host_ms": waited, "host_percent": 100 * waited / stepped}
         else:
             subject.rewind()
             counted = launches.count_launches(subject.step, warmup=0, method="aten-dispatch+interpreter")

@@ -80,7 +80,7 @@ def figures(report: Mapping[str, Any], order: str = "order") -> list[dict[str, A
         raise ValueError(f"order: got {order!r}, expected one of {', '.join(report['rungs'])}")
     inside = {row["rung"]: row for row in report["inside"]} if order == "order" else {}
     kept = ("rung", "gate", "tok_s", "tpot_ms", "p99_ms", "verdict", "speedup", "speedup_ci", "noise_floor", "rounds")
-    looked = ("launches", "device_ms", "gaps_ms", "host_ms", "host_percent", "engine_bytes", "step_bytes")
+    looked = ("launches", "device_ms", "host_ms", "host_percent", "engine_bytes", "step_bytes")
     return [
         {**{key: row[key] for key in kept}, **{key: inside.get(row["rung"], {}).get(key) for key in looked}}
         for row in report["rungs"][order]

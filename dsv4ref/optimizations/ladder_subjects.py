@@ -223,6 +223,32 @@ class EngineSubject:
                 gc.enable()
         return tuple(seconds)
 
+    def host_and_device(self, steps: int, pairs: int) -> list[tuple[float, float]]:
+        """Seconds of a step, and of the same step where the device never waits for the host; of replays on a GPU.
+
+        The steps of either window are the same ones. In the second, graphs are launched one behind the other and nobody
+        reads an answer before the last, so that its mean is the device's time alone, without a profiler.
+
+        Args:
+            steps: of a window, at most `room`.
+            pairs: how many, taking turns.
+        """
+        decoder = self._engine.decoder
+        assert decoder is not None, "host and device are told apart on replays"
+        found = []
+        for _ in range(pairs):
+            stepped = sum(self.window(steps)) / min(steps, self.steps)
+            self.rewind()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._wait()
+            begin.record()
+            for _ in range(min(steps, self.steps)):
+                decoder.launch(self._preset.requests, self._engine.operations)
+            end.record()
+            self._wait()
+            found.append((stepped, begin.elapsed_time(end) / 1e3 / min(steps, self.steps)))
+        return found
+
     def step_bytes(self) -> int | None:
         """Bytes that one step allocates on top of what is there, at its peak; None on the CPU."""
         if not self.on_gpu:

@@ -129,10 +129,7 @@ class DeviceDecoder:
             Whatever an operation raises; the step may be repeated.
         """
         step = self.place(rows)
-        if self._graphs is not None and step.rows in self._graphs.sizes:
-            logits = self._graphs.replay(len(rows))
-        else:
-            logits = step.run(operations)
+        logits = self.launch(len(rows), operations)
         answers: list[int] = step.answers[: len(rows)].tolist()
         self.remember(rows, answers)
         return [None if answer == NO_ANSWER else answer for answer in answers], logits[: len(rows)]
@@ -155,6 +152,29 @@ class DeviceDecoder:
             step.load(rows)
             self.loads += 1
         return step
+
+    def launch(self, rows: int, operations: Operations) -> Tensor:
+        """The step of the rows that its buffers hold, replayed or run; the answers stay on the device.
+
+        Its own inputs are left behind one token further, so launches may follow each other. `decode` loads its rows
+        again after one that nobody `remember`ed.
+
+        Args:
+            rows: how many.
+            operations: as `decode`.
+
+        Returns:
+            Logits of the batch size that holds them.
+
+        Raises:
+            ValueError: no row, or more than there are slots.
+        """
+        step = self.steps[self._size_for(rows)]
+        self._held.pop(step.rows, None)
+        if self._graphs is not None and step.rows in self._graphs.sizes:
+            logits: Tensor = self._graphs.replay(rows)
+            return logits
+        return step.run(operations)
 
     def remember(self, rows: Sequence[Row], answers: Sequence[int]) -> None:
         """The host's part behind it: note what a step of these rows has left in its buffers.

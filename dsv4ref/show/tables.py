@@ -415,8 +415,7 @@ RUNGS = (
 )
 INSIDE = (
     Column("rung"),
-    Column("device_ms", "device busy, ms"),
-    Column("gaps_ms", "gaps between launches, ms"),
+    Column("device_ms", "device, ms"),
     Column("engine_bytes", "engine keeps, bytes"),
     Column("step_bytes", "a step takes, bytes"),
 )

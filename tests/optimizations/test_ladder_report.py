@@ -25,7 +25,7 @@ def rung(name: str, tpot_ms: float, speedup: float | None, floor: float = 0.001)
 
 def looked(name: str, launches: int, percent: float | None) -> dict[str, Any]:
     ms = None if percent is None else percent / 10
-    keys = ("device_ms", "gaps_ms", "engine_bytes", "step_bytes")
+    keys = ("device_ms", "engine_bytes", "step_bytes")
     return {"rung": name, "launches": launches, "host_ms": ms, "host_percent": percent, "note": ""} | dict.fromkeys(
         keys
     )

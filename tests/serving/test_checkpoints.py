@@ -155,3 +155,25 @@ def test_nothing_is_shared_with_engines_that_are_gone(device: str) -> None:
     assert len(resident._RESIDENT) == before + 1
     del made
     assert len(resident._RESIDENT) == before
+
+
+def test_steps_that_nobody_looked_at_make_the_next_one_load_its_rows(
+    model: Model, start: Checkpoint, device: str
+) -> None:
+    features = available(model).without("captured_steps", "grouped_experts")
+    made = engine(model, device=device, chunk=40, features=features, buckets=(2,))
+    made.restore(start)
+    expected = answers(made)
+    made.restore(start)
+    first = answers(made, 1)
+    decoder = made.decoder
+    assert decoder is not None
+    for _ in range(2):
+        decoder.launch(2, made.operations)
+    tokens = decoder.steps[2].answers.tolist()
+    assert tokens == list(expected[2].values()), "a launch leaves the next one's inputs behind"
+    loads = decoder.loads
+    made.restore(start)
+    assert [*answers(made)] == expected
+    assert first == expected[:1]
+    assert decoder.loads == loads + 1
