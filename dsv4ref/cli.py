@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -240,6 +241,7 @@ def ladder(
         str, typer.Option(help="ladder, orders (two, and each switch left out), or shapley (every set of switches).")
     ] = "ladder",
     switches: Annotated[str | None, typer.Option(help="Only these, with commas; default all there are.")] = None,
+    seconds: Annotated[float, typer.Option(help="No round ends later than this; run again to continue.")] = math.inf,
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
@@ -248,6 +250,7 @@ def ladder(
     from rich.progress import Progress
 
     from dsv4ref.optimizations import ladder_benchmark as benchmark
+    from dsv4ref.optimizations.ladder_runner import REHEARSAL
     from dsv4ref.optimizations.ladder_workload import get_preset
     from dsv4ref.show import tables
 
@@ -265,7 +268,7 @@ def ladder(
 
         found = benchmark.run_ladder(
             chosen, out, device=where, seed=run_seed, repeats=repeats, order=order, which=attribution, switches=only,
-            progress=progress,
+            max_seconds=seconds, progress=progress,
         )  # fmt: skip
     rows = [{"order": name, **row} for name, listed in found.rungs.items() for row in listed]
     if as_json:
@@ -276,17 +279,28 @@ def ladder(
         _show(rows, tables.LADDER, False, f"The ladder on {where}, seed {run_seed}, decode steps only")
         if found.contributions is not None:
             views = [column for column in found.contributions[0] if column != "switch"]
-            note = benchmark.REHEARSAL if chosen.rehearsal else ""
+            note = REHEARSAL if chosen.rehearsal else ""
             shares = [{"switch": row["switch"], **{v: tables.interval(row[v]) for v in views}, "note": note}
                       for row in found.contributions]  # fmt: skip
             _show(shares, list(shares[0]), False, "Saved of a step, % of everything off, 95 % interval")
-        _show(found.inside, list(found.inside[0]), False, "A step from inside")
-        _show(found.traces, list(found.traces[0]), False, f"Read back from the traces in {out}")
+        listed: tuple[tuple[Sequence[Mapping[str, Any]], str], ...] = (
+            (found.inside, "A step from inside"),
+            (found.traces, f"Read back from the traces in {out}"),
+            (found.metadata, "The host's part of a step: metadata"),
+            ([] if found.soak is None else [vars(found.soak)], "Joins and leaves"),
+        )
+        for part, title in listed:
+            if part:
+                _show(part, list(part[0]), False, title)
         if chosen.rehearsal:
-            _note(benchmark.REHEARSAL)
+            _note(REHEARSAL)
     for name, reason in found.gates.items():
         if reason is not None:
             _note(f"red gate, not reported: {name}: {reason}")
+    if found.soak is not None and found.soak.reason is not None:
+        _note(f"red gate: {found.soak.reason}")
+    if not found.complete:
+        _note(f"stopped after {rows[0]['rounds']} rounds; run the same command again to continue")
     raise typer.Exit(0 if found.green else 1)
 
 
@@ -296,7 +310,7 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Also write the scoreboard as one HTML file.")] = None,
 ) -> None:
     """Print the scoreboard from records: claimed, predicted, measured, peers, stale or not."""
-    from dsv4ref.optimizations import catalogue
+    from dsv4ref.optimizations import catalogue, ladder_report
     from dsv4ref.optimizations.report import report_rows
     from dsv4ref.show import tables
 
@@ -305,6 +319,10 @@ def report(
         with _refusals():
             html.write_text(tables.scoreboard_html(rows), encoding="utf-8")
     _show(rows, tables.scoreboard_columns(rows), as_json, "Scoreboard: ratio = baseline / optimised")
+    for device, found in ({} if as_json else ladder_report.shipped_reports()).items():
+        age = "STALE" if ladder_report.is_stale(found) else "current"
+        title = f"The ladder {found['benchmark']['name']} on {device}, {found['where']['date']}, {age}"
+        _show(ladder_report.figures(found), tables.RUNGS, False, title)
     without = [id for id in catalogue.load() if id not in {row["id"] for row in rows}]
     if without:
         _note(f"no record yet: {', '.join(without)}")

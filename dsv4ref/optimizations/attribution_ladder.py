@@ -35,8 +35,10 @@ from dsv4ref.optimizations.ladder_benchmark import CHAPTER, MEASURED_MODULES, OF
 from dsv4ref.optimizations.ladder_runner import Journal, Window, interleave, rung_rows
 from dsv4ref.optimizations.ladder_simulation import SimulatedMachine, SimulatedRung
 from dsv4ref.optimizations.ladder_statistics import AGAIN
-from dsv4ref.optimizations.ladder_workload import EngineSubject, Preset
+from dsv4ref.optimizations.ladder_subjects import EngineSubject, computed_prompts, timed_oracle
+from dsv4ref.optimizations.ladder_workload import Preset
 from dsv4ref.ref.model import Model
+from dsv4ref.serving.checkpoints import Checkpoint
 from dsv4ref.serving.features import available
 
 __all__ = ["OPTIMIZATION", "LadderInputs", "machine", "measured", "reported", "rung_by_rung"]
@@ -60,6 +62,8 @@ class LadderInputs:
         preset: the engines' benchmark; None where they are simulated.
         model: their model.
         sets: rung -> its switches.
+        joins: the gate's requests join at two moments, prompts and all; otherwise it runs the rows that a ladder times,
+            from one checkpoint.
         device: of the engines.
     """
 
@@ -73,6 +77,7 @@ class LadderInputs:
     preset: Preset | None = None
     model: Model | None = None
     sets: Mapping[str, Switches] | None = None
+    joins: bool = True
     device: str = "cpu"
 
     @property
@@ -98,10 +103,10 @@ def _build(case: Case, device: str, seed: int) -> LadderInputs:
     signs = np.random.default_rng(seed).integers(-1, 2, size=len(sets))
     changes = [0.0, *(0.03 * float(sign) for sign in signs[1:])]
     truth = {name: SimulatedRung(change) for name, change in zip(sets, changes, strict=True)}
-    count, length, _ = preset.gate
+    count, length = preset.gate[:2] if p["joins"] else (preset.requests, preset.prompt)
     asked = workload.prompts(preset.config, count, length, seed)
     return LadderInputs(
-        truth, settings, tokens=asked, preset=preset, model=model, sets=sets, device=device, **design
+        truth, settings, tokens=asked, preset=preset, model=model, sets=sets, joins=p["joins"], device=device, **design
     )  # fmt: skip
 
 
@@ -117,6 +122,12 @@ def _divergent(inputs: LadderInputs) -> dict[str, int]:
         return {name: int((tokens != inputs.tokens).any(dim=1).sum()) for name, tokens in changed.items()}
     assert inputs.preset is not None
     assert inputs.sets is not None
+    if not inputs.joins:
+        start = computed_prompts(inputs.model, inputs.preset, inputs.tokens, inputs.device)
+        run_timed = partial(EngineSubject, inputs.model, inputs.preset, start=start, device=inputs.device)
+        generated = {name: run_timed(on).generated for name, on in inputs.sets.items()}
+        oracle = timed_oracle(inputs.model, inputs.preset, start, inputs.device)
+        return {name: workload.divergent(run, oracle.generated, oracle.budget) for name, run in generated.items()}
     new = inputs.preset.gate[2]
     run = partial(workload.generate, inputs.model, inputs.tokens, new, device=inputs.device)
     # Rungs first, the oracle behind them.
@@ -300,30 +311,32 @@ def _resumed_with_another_source(inputs: LadderInputs) -> dict[str, Tensor]:
 
 
 class _Stepper:
-    """Decode steps without end: a worn-out engine is replaced by a fresh one."""
+    """Decode steps without end: an engine goes back to its prompts before a request would leave."""
 
-    def __init__(self, inputs: LadderInputs, switches: Switches) -> None:
+    def __init__(self, inputs: LadderInputs, switches: Switches, start: Checkpoint) -> None:
         assert inputs.preset is not None
         assert inputs.model is not None
-        preset = inputs.preset
-        asked = workload.prompts(preset.config, preset.requests, preset.prompt, inputs.seed)
-        self._open: Callable[[], EngineSubject] = partial(
-            EngineSubject, inputs.model, preset, switches, asked, inputs.device
-        )
-        self._subject = self._open()
+        self._subject = EngineSubject(inputs.model, inputs.preset, switches, start, inputs.device)
+        self._left = 0
 
     def __call__(self) -> None:
-        if self._subject.room < 1:
-            self._subject = self._open()
+        if self._left < 1:
+            self._subject.rewind()
+            self._left = self._subject.room
         self._subject.step()
+        self._left -= 1
 
 
 def _timed(inputs: LadderInputs) -> Mapping[str, Callable[[], object]]:
     """One decode step with everything off and with everything on; only of a case that runs engines."""
     if inputs.sets is None:
         raise ValueError("inputs: a simulated ladder, expected one that runs engines: there is nothing to time")
+    assert inputs.preset is not None
+    assert inputs.model is not None
+    asked = workload.prompts(inputs.preset.config, inputs.preset.requests, inputs.preset.prompt, inputs.seed)
+    start = computed_prompts(inputs.model, inputs.preset, asked, inputs.device)
     off, *_, on = inputs.sets.values()
-    return {"baseline": _Stepper(inputs, off), "optimized": _Stepper(inputs, on)}
+    return {"baseline": _Stepper(inputs, off, start), "optimized": _Stepper(inputs, on, start)}
 
 
 def _predict(case: Case, device_key: str) -> Prediction:
@@ -342,6 +355,7 @@ def _predict(case: Case, device_key: str) -> Prediction:
     )
 
 
+_DESIGN = {"rounds": 30, "window": 16, "warmup": 8}
 _NOISE = {"window_noise": 0.003, "step_noise": 0.01}
 
 
@@ -354,8 +368,9 @@ def _simulated(
     return Case(name, params, tiny=True, about=about)
 
 
-def _engines(name: str, preset: str, rungs: str, about: str, **kind: bool) -> Case:
-    params = {"preset": preset, "rungs": rungs, "rounds": 30, "window": 16, "warmup": 8, **_NOISE}
+def _engines(name: str, preset: str, rungs: str, about: str, *, joins: bool = True, **kind: bool) -> Case:
+    tokens = workload.get_preset(preset).requests  # of a step, for the scoreboard's rates
+    params = {"preset": preset, "rungs": rungs, "joins": joins, "tokens": tokens, **_DESIGN, **_NOISE}
     return Case(name, params, about=about, **kind)
 
 
@@ -384,8 +399,8 @@ _CASES = (
         needs_gpu=True, measured=True,
     ),
     _engines(
-        "h200-short", "h200-short", "ends", "32 requests, 128 in, 512 out, three layers of V4-Flash",
-        needs_gpu=True, measured=True,
+        "h200-short", "h200-short", "ends", "32 requests, 124 in, 512 out, the same layers; its timed rows are gated",
+        joins=False, needs_gpu=True, measured=True,
     ),
 )  # fmt: skip
 

@@ -8,10 +8,10 @@ trace of the first and the last rung that Perfetto opens.
 from __future__ import annotations
 
 import gc
-import gzip
 import importlib.util
 import json
-import tempfile
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,37 +22,52 @@ import torch
 
 from dsv4ref import device as machines
 from dsv4ref import kernels
-from dsv4ref.evidence import launches, records, roofline, timing
+from dsv4ref.evidence import records, roofline, timing
 from dsv4ref.evidence.records import Record
 from dsv4ref.optimizations import ladder_attribution as attribution
 from dsv4ref.optimizations import ladder_workload as workload
 from dsv4ref.optimizations import step_model
 from dsv4ref.optimizations.ladder_attribution import Switches
+from dsv4ref.optimizations.ladder_inside import look_inside
+from dsv4ref.optimizations.ladder_metadata import metadata_rows
 from dsv4ref.optimizations.ladder_runner import (
-    REHEARSAL,
     Journal,
     contribution_rows,
     interleave,
     mean_step,
+    noise_floors,
     rung_rows,
 )
+from dsv4ref.optimizations.ladder_soak import Soak, run_soak
 from dsv4ref.optimizations.ladder_statistics import AGAIN
-from dsv4ref.optimizations.ladder_workload import EngineSubject, Preset
+from dsv4ref.optimizations.ladder_subjects import EngineSubject, computed_prompts, timed_oracle
+from dsv4ref.optimizations.ladder_workload import Preset
 from dsv4ref.ref.model import Model
 from dsv4ref.serving.features import available, unavailable
 
-__all__ = ["ATTRIBUTIONS", "CHAPTER", "MEASURED_MODULES", "Plan", "Report", "make_plan", "run_ladder", "trace_counts"]
+__all__ = [
+    "ATTRIBUTIONS",
+    "CHAPTER",
+    "MEASURED_MODULES",
+    "SELDOM",
+    "Plan",
+    "Report",
+    "make_plan",
+    "open_subjects",
+    "run_ladder",
+]
 
 CHAPTER = "attribution_ladder"
 
 ATTRIBUTIONS = ("ladder", "orders", "shapley")
 """Which sets run: an order's rungs; those, the reverse order's and each switch left out; or all that can be built."""
 
+SELDOM = 2
+"""Sets that are no rung of the first order run in one of so many rounds, as long as that leaves rounds enough."""
+
 OFF = "off"
 
 _PACKAGES = ("dsv4ref.serving", "dsv4ref.ref", "dsv4ref.kernels")
-_TRACED_STEPS = 2
-_STEP_LABEL = "decode step"
 
 
 def _measured_modules() -> tuple[str, ...]:
@@ -153,26 +168,36 @@ class Report:
 
     Args:
         preset: the benchmark.
+        complete: whether all rounds are there; what is not about rounds is found only then.
         rungs: order name -> rows of `rung_rows`.
-        contributions: rows of `contribution_rows`, None while a gate is red: they need every set.
+        contributions: rows of `contribution_rows`, None while a gate is red or rounds are missing: they need every set.
         inside: per set of the first order, launches per step, device and host time, memory.
         traces: per traced rung, its file and what was counted in it.
+        metadata: rows of `metadata_rows`.
+        soak: of `run_soak`; None if it did not run.
         gates: set -> None or why its gate is red.
+        where: device, versions, date, sources and seed.
         records: for the scoreboard; none of a rehearsal, a selection of switches, another order or a red gate.
     """
 
     preset: Preset
+    complete: bool
     rungs: Mapping[str, list[dict[str, Any]]]
     contributions: list[dict[str, Any]] | None
     inside: list[dict[str, Any]]
     traces: list[dict[str, Any]]
+    metadata: list[dict[str, Any]]
+    soak: Soak | None
     gates: Mapping[str, str | None]
+    where: Mapping[str, Any]
     records: tuple[Record, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the records, as plain values."""
         return {
-            "benchmark": self.preset.facts() | {"rehearsal": self.preset.rehearsal},
+            "benchmark": self.preset.facts() | {"name": self.preset.name, "rehearsal": self.preset.rehearsal},
+            "where": self.where,
+            "complete": self.complete,
             "rungs": self.rungs,
             "contributions": None
             if self.contributions is None
@@ -182,13 +207,15 @@ class Report:
             ],
             "inside": self.inside,
             "traces": self.traces,
+            "metadata": self.metadata,
+            "soak": None if self.soak is None else asdict(self.soak) | {"growth": self.soak.growth},
             "gates": self.gates,
         }
 
     @property
     def green(self) -> bool:
-        """Whether every set's gate is."""
-        return all(reason is None for reason in self.gates.values())
+        """Whether every set's gate is, and memory neither grew nor was lost."""
+        return all(reason is None for reason in self.gates.values()) and (self.soak is None or not self.soak.reason)
 
 
 def run_ladder(
@@ -202,80 +229,152 @@ def run_ladder(
     which: str = "ladder",
     switches: Iterable[str] | None = None,
     inside: bool = True,
+    max_seconds: float = math.inf,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Report:
     """Run a ladder, or continue the one in ``out``.
 
     Args:
         preset: the benchmark.
-        out: folder of the journal (``ladder.jsonl``), ``report.json``, the traces and, on a GPU, the records.
+        out: folder of the journal (``ladder.jsonl``), ``report.json``, the traces and, on a GPU, what ships:
+            ``records/`` and ``ladders/``, as in the package's ``data``.
         device: "cpu" or "cuda".
         seed: of weights and prompts.
-        repeats: rounds, at least `timing.MIN_ROUNDS`; default the preset's.
+        repeats: rounds, at least `timing.MIN_ROUNDS`; default the preset's. Sets that only the second order or the
+            other views need run in one of `SELDOM` of them.
         order, which, switches: as in `make_plan`.
-        inside: count launches and memory, and write traces; records need it.
+        inside: count launches and memory, write traces, soak; records need it.
+        max_seconds: no round begins that would end later; what is missing then is left to the next run.
         progress: called with what runs, how much is done and how much there is.
 
     Raises:
         ValueError: bad input.
         MixedRunError: ``out`` holds a journal of another benchmark, machine or source.
-        RuntimeError: a request failed.
+        RuntimeError: a request failed, or time was up before the first round.
     """
+    started = time.monotonic()
     rounds = preset.repeats if repeats is None else repeats
     if rounds < timing.MIN_ROUNDS:
         raise ValueError(f"repeats: got {rounds}, expected at least {timing.MIN_ROUNDS}, or intervals say nothing")
+    if not max_seconds > 0:
+        raise ValueError(f"max_seconds: got {max_seconds}, expected a positive number of seconds")
+    progress("weights", 0, 1)
     model = workload.slice_model(preset.config, seed, device)
     plan = make_plan(model, order, which, switches)
     # Refused before the gates, which take a while.
-    journal = Journal(out / "ladder.jsonl", _header(preset, plan, seed, device))
-    gates = check_gates(model, preset, plan, device=device, seed=seed, progress=progress)
-    if gates[OFF] is not None:
-        raise RuntimeError(f"everything off does not repeat its own tokens, so nothing can be compared: {gates[OFF]}")
-    green = [on for on in plan.sets if gates[plan.name(on)] is None]
-    asked = workload.prompts(preset.config, preset.requests, preset.prompt, seed + 1)
-    latest: dict[str, EngineSubject] = {}
-
-    def open_pass() -> Mapping[str, EngineSubject]:
-        latest.clear()
-        _give_memory_back()
-        for number, on in enumerate((*green, frozenset[str]())):  # the last one is the A/A pair's other half
-            name = plan.name(on) if number < len(green) else f"{OFF} {AGAIN}"
-            progress(f"prompts: {name}", number, len(green) + 1)
-            try:
-                latest[name] = EngineSubject(model, preset, on, asked, device)
-            except torch.OutOfMemoryError as error:
-                raise _no_room(f"engine {number + 1} of {len(green) + 1}, {name}, does not fit") from error
-            _check_room([subject.engine_bytes for subject in latest.values()], len(green) - number)
-        return latest
-
-    interleave(open_pass, journal, rounds=rounds, steps=preset.window, progress=progress)
-    first = plan.rungs(plan.order)
-    rows = {
-        "order": rung_rows(journal.windows, first, requests=preset.requests, gates=gates, rehearsal=preset.rehearsal)
-    }
-    if which != "ladder":
-        rows["reverse"] = rung_rows(
-            journal.windows, plan.rungs(plan.reverse), requests=preset.requests, gates=gates, rehearsal=preset.rehearsal
-        )
+    header = _header(preset, plan, seed, device)
+    journal = Journal(out / "ladder.jsonl", header)
+    subjects, gates = open_subjects(model, preset, plan, device=device, seed=seed, progress=progress)
+    rungs = {name for _, name in plan.rungs(plan.order)}
+    complete = interleave(
+        lambda: subjects, journal, rounds=rounds, steps=preset.window,
+        seldom={name for name in subjects if name.removesuffix(f" {AGAIN}") not in rungs},
+        every=max(1, min(SELDOM, rounds // timing.MIN_ROUNDS)), max_seconds=max_seconds - (time.monotonic() - started),
+        progress=progress,
+    )  # fmt: skip
+    if not journal.rounds(subjects):
+        raise RuntimeError(f"max_seconds: {max_seconds:g} s were over before the first round was complete")
+    rows = {}
+    for name, listed in {"order": plan.order, "reverse": plan.reverse}.items():
+        if name == "order" or which != "ladder":
+            rows[name] = rung_rows(
+                journal.windows, plan.rungs(listed), requests=preset.requests, gates=gates, rehearsal=preset.rehearsal
+            )
+    whole = complete and len(subjects) - len(_second_runs(plan)) == len(plan.sets)
     looked: list[dict[str, Any]] = []
     traces: list[dict[str, Any]] = []
-    if inside:
-        if not latest or min(subject.room for subject in latest.values()) < _TRACED_STEPS + 2:
-            open_pass()
-        reported = {name: latest[name] for _, name in first if gates[name] is None}
-        looked, traces = _look_inside(reported, out, rows["order"], rehearsal=preset.rehearsal)
-    shares = _contributions(journal, plan) if len(green) == len(plan.sets) else None
+    metadata: list[dict[str, Any]] = []
+    soak = None
+    if inside and complete:
+        reported = {name: subjects[name] for _, name in plan.rungs(plan.order) if gates[name] is None}
+        progress("a step from inside", 0, 1)
+        looked, traces = look_inside(reported, out, rows["order"], rehearsal=preset.rehearsal)
+        everything = frozenset(plan.order)
+        if gates[plan.name(everything)] is None:
+            if "device_step" in everything:
+                metadata = metadata_rows(model, everything, preset.batches, device=device)
+            soak = run_soak(model, everything, preset.soak, device=device, seed=seed, progress=progress)
     lines: tuple[Record, ...] = ()
     recorded = device == "cuda" and not preset.rehearsal and _is_whole(plan, model)
-    if recorded and looked and len(green) == len(plan.sets):
+    if recorded and whole and looked and soak is not None and soak.reason is None:
         lines = _records(preset, plan, journal, looked, seed)
+    shares = _contributions(journal, plan) if whole else None
+    report = Report(preset, complete, rows, shares, looked, traces, metadata, soak, gates, _where(header), lines)
+    text = json.dumps(report.as_json(), indent=1)
+    (out / "report.json").write_text(text, encoding="utf-8")
+    if lines:  # over those of the same journal with fewer rounds
         key = machines.current().key
-        target = out / "records" / key / f"{CHAPTER}.jsonl"
-        target.unlink(missing_ok=True)  # of the same journal with fewer rounds
+        (target := out / "records" / key / f"{CHAPTER}.jsonl").unlink(missing_ok=True)
         records.write(target, lines)
-    report = Report(preset, rows, shares, looked, traces, gates, lines)
-    (out / "report.json").write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
+        (out / "ladders").mkdir(exist_ok=True)
+        (out / "ladders" / f"{key}.json").write_text(text, encoding="utf-8")
     return report
+
+
+def _second_runs(plan: Plan) -> list[str]:
+    """The ends of the ladder, which run twice: the A/A pair of slow steps, and that of fast ones."""
+    return [plan.name(frozenset()), plan.name(frozenset(plan.order))]
+
+
+def open_subjects(
+    model: Model,
+    preset: Preset,
+    plan: Plan,
+    *,
+    device: str,
+    seed: int,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> tuple[dict[str, EngineSubject], dict[str, str | None]]:
+    """An engine for every set of a plan whose gate is green, from one checkpoint; and every gate.
+
+    Args:
+        model, preset, plan: what runs.
+        device: "cpu" or "cuda".
+        seed: of the prompts.
+        progress: as in `run_ladder`.
+
+    Returns:
+        Subjects by the names of their sets, those that are run twice also as ``<set> again``; and set -> None where its
+        gate is green, else what is wrong.
+
+    Raises:
+        RuntimeError: everything off does not repeat its own tokens, or the engines do not fit.
+    """
+    total = len(plan.sets) + 3
+    progress("prompts", 0, total)
+    asked = workload.prompts(preset.config, preset.requests, preset.prompt, seed + 1)
+    start = computed_prompts(model, preset, asked, device)
+    progress("everything off, the oracle", 1, total)
+    oracle = timed_oracle(model, preset, start, device)
+    subjects: dict[str, EngineSubject] = {}
+    gates: dict[str, str | None] = {}
+    _give_memory_back()
+    built: list[int | None] = []
+    twice = _second_runs(plan)
+    for number, on in enumerate(plan.sets):
+        name = plan.name(on)
+        for label in (name, *([f"{name} {AGAIN}"] if name in twice else [])):
+            progress(f"gate: {label}", number + 2, total)
+            try:
+                subject = EngineSubject(model, preset, on, start, device)
+            except torch.OutOfMemoryError as error:
+                raise _no_room(f"engine {number + 1} of {len(plan.sets)}, {label}, does not fit") from error
+            except RuntimeError as error:
+                gates[name] = str(error)
+                continue
+            gates[name] = gates.get(name) or oracle.reason(subject.generated)
+            subjects[label] = subject
+            built.append(subject.engine_bytes)
+        if gates[name] is not None:
+            if not on:
+                reason = gates[name]
+                raise RuntimeError(
+                    f"everything off does not repeat its own tokens, so nothing can be compared: {reason}"
+                )
+            for label in (name, f"{name} {AGAIN}"):
+                subjects.pop(label, None)
+        _check_room(built, len(plan.sets) - 1 - number)
+    return subjects, gates
 
 
 def _is_whole(plan: Plan, model: Model) -> bool:
@@ -325,45 +424,17 @@ def _header(preset: Preset, plan: Plan, seed: int, device: str) -> dict[str, Any
     }
 
 
-def check_gates(
-    model: Model,
-    preset: Preset,
-    plan: Plan,
-    *,
-    device: str,
-    seed: int,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> dict[str, str | None]:
-    """The gate of every set of a plan: set -> None where it is green, else what is wrong.
-
-    Args:
-        model, preset, plan: what runs.
-        device: "cpu" or "cuda".
-        seed: of the gate's prompts.
-        progress: as in `run_ladder`.
-    """
-    count, length, new = preset.gate
-    asked = workload.prompts(preset.config, count, length, seed + 2)
-    reference = workload.generate(model, asked, new, (), device)
-    budget = workload.gate_budget(workload.plain_generated(model, asked, new, device), reference)
-    gates: dict[str, str | None] = {}
-    for number, on in enumerate(plan.sets):
-        name = plan.name(on)
-        progress(f"gate: {name}", number, len(plan.sets))
-        try:
-            wrong = workload.divergent(workload.generate(model, asked, new, on, device), reference, budget)
-        except RuntimeError as error:
-            gates[name] = str(error)
-            continue
-        gates[name] = f"{wrong} of {count} requests left the tokens of everything off" if wrong else None
-    progress("gates", len(plan.sets), len(plan.sets))
-    return gates
+def _where(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Where and when a report is from, with the sources that let it go stale."""
+    machine = machines.current()
+    on = records.provenance(device=machine.key, device_name=machine.name, mode=kernels.mode())
+    return {**on, "seed": header["seed"], "sources": header["sources"]}
 
 
 def _contributions(journal: Journal, plan: Plan) -> list[dict[str, Any]]:
     """What each switch saves, under every view that the sets allow."""
     names = [plan.name(on) for on in plan.sets]
-    means = mean_step(journal.windows, [*names, f"{OFF} {AGAIN}"])
+    means = mean_step(journal.windows, names)
     times = {on: np.asarray(means[plan.name(on)]) for on in plan.sets}
     views = {"in this order": attribution.cumulative(times, plan.order)}
     if plan.attribution != "ladder":
@@ -374,97 +445,6 @@ def _contributions(journal: Journal, plan: Plan) -> list[dict[str, Any]]:
     return contribution_rows(views, means[OFF])
 
 
-# --- a step from inside ---
-
-
-def _look_inside(
-    subjects: Mapping[str, EngineSubject], out: Path, rows: Sequence[Mapping[str, Any]], *, rehearsal: bool
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Launches, device and host time and memory of every rung's step; traces of the first and the last kept."""
-    tpot = {row["rung"]: row["tpot_ms"] for row in rows if row["tpot_ms"] is not None}
-    inside, traces = [], []
-    ends = {next(iter(subjects)): "before", list(subjects)[-1]: "after"}
-    for (rung, ms), (name, subject) in zip(tpot.items(), subjects.items(), strict=True):
-        kept = out / f"trace_{ends[name]}.json.gz" if name in ends else None
-        counts: dict[str, Any] = {}
-        if kept is not None or subject.on_gpu:
-            with tempfile.TemporaryDirectory() as folder:
-                counts = trace_counts(_trace(subject, kept or Path(folder) / "trace.json.gz"))
-        else:
-            for _ in range(_TRACED_STEPS):  # all subjects stand at the same position when launches are counted
-                subject.step()
-        launched: int
-        busy_ms: float | None
-        host_ms: float | None
-        if subject.on_gpu:
-            launched, busy_ms = sum(counts[kind] for kind in ("kernel", "copy", "fill")), counts["busy_us"] / 1e3
-            host_ms = max(ms - busy_ms, 0.0)  # of the step's time, what the device had nothing to do
-        else:
-            method = "aten-dispatch+interpreter"
-            launched = launches.count_launches(subject.step, warmup=0, method=method).total  # type: ignore[arg-type]
-            busy_ms, host_ms = None, None
-        row = {"rung": rung, "launches": launched, "device_ms": busy_ms, "host_ms": host_ms}
-        row |= {"engine_bytes": subject.engine_bytes, "step_bytes": subject.step_bytes()}
-        inside.append(row | {"note": _note(rehearsal)})
-        if kept is not None:
-            traces.append({"rung": rung, "file": kept.name, **counts, "note": _note(rehearsal)})
-    return inside, traces
-
-
-def _note(rehearsal: bool) -> str:
-    return REHEARSAL if rehearsal else ""
-
-
-def _trace(subject: EngineSubject, path: Path) -> Path:
-    """Profile a few steps into a Chrome trace, each under a label; the last one is the one to read."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(_TRACED_STEPS):
-            with torch.profiler.record_function(_STEP_LABEL):
-                subject.step()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / "trace.json"  # the profiler's own gzip goes line by line, for as long as all the rest
-        profile.export_chrome_trace(str(plain))
-        path.write_bytes(gzip.compress(plain.read_bytes(), compresslevel=3))
-    return path
-
-
-def trace_counts(path: Path) -> dict[str, Any]:
-    """What the last decode step of a trace holds, read back from the file.
-
-    A profile may lose its first kernels; the last step is behind them.
-
-    Args:
-        path: a Chrome trace, gzipped, of steps under the label ``decode step``.
-
-    Returns:
-        kernel, copy, fill (launches on the device; 0 on a CPU), operators (ATen operators, nested ones too), and
-        busy_us (device time of the launches).
-
-    Raises:
-        ValueError: no such label in the trace.
-    """
-    with gzip.open(path, "rt", errors="replace") as file:
-        trace = json.load(file, strict=False)
-    spans = [e for e in trace["traceEvents"] if e.get("name") == _STEP_LABEL and e.get("cat") == "user_annotation"]
-    if not spans:
-        raise ValueError(f"path: {path.name} has no {_STEP_LABEL!r}, expected a trace of labelled steps")
-    last = max(spans, key=lambda e: float(e["ts"]))
-    begin, end = float(last["ts"]), float(last["ts"]) + float(last["dur"])
-    inside = [e for e in trace["traceEvents"] if e.get("ph") == "X" and begin <= float(e["ts"]) < end]
-    found = launches.device_events({"traceEvents": inside})
-    counts: dict[str, Any] = {kind: sum(k == kind for k, _ in found) for kind in ("kernel", "copy", "fill")}
-    counts["operators"] = sum(e.get("cat") == "cpu_op" for e in inside)
-    device = [e for e in inside if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    counts["busy_us"] = sum(float(e["dur"]) for e in device)
-    return counts
-
-
 # --- records ---
 
 
@@ -473,10 +453,11 @@ def _records(
 ) -> tuple[Record, ...]:
     """One line per rung for the scoreboard; "optimized" is the last one."""
     names = [name for _, name in plan.rungs(plan.order)]
-    every = [*(plan.name(on) for on in plan.sets), f"{OFF} {AGAIN}"]
+    every = [*names, *(f"{name} {AGAIN}" for name in _second_runs(plan))]
     means = mean_step(journal.windows, every)
-    floor = timing.noise_floor(timing.bootstrap_ratio(means[OFF], means[f"{OFF} {AGAIN}"]))
-    middle = step_model.decode_tokens(preset.config, preset.requests, preset.prompt + preset.output // 2)
+    floors = noise_floors(means, every)
+    # A window's middle; all windows begin behind the prompts.
+    middle = step_model.decode_tokens(preset.config, preset.requests, preset.prompt + preset.window // 2)
     stages = step_model.rows(preset.config, middle)
     moved, flops = (int(sum(getattr(row, what) * row.count for row in stages)) for what in ("bytes", "flops"))
     bound_us = roofline.measure_roofs().bound(moved, flops).time_us
@@ -504,7 +485,7 @@ def _records(
                 ratio=None if ratio is None else ratio.median,
                 ratio_low=None if ratio is None else ratio.low,
                 ratio_high=None if ratio is None else ratio.high,
-                noise_floor=None if ratio is None else floor,
+                noise_floor=None if ratio is None else max(floors[OFF], floors[name]),
                 bound_us=bound_us,
                 gate="passed",
                 seed=seed,

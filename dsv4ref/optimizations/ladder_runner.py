@@ -1,6 +1,8 @@
 """Run a ladder: gates, interleaved rounds in a journal that survives a kill, and the rows that may be reported.
 
-A round runs a window of steps of every subject, in an order that changes from round to round, and the first rung twice.
+A round runs a window of steps of every subject, in an order that changes from round to round, and at least the first
+rung twice. Subjects that only second views need may take part in fewer rounds; whatever is compared, is over the rounds
+that have all of it.
 Each window is one line of the journal, written before the next one starts. A run that was killed continues with a fresh
 pass of engines: complete rounds count, the one that was cut off does not. The journal's first line says what was
 measured, on what and by which source; a run that differs in any of it is refused, since its rounds would be mixed with
@@ -12,7 +14,9 @@ A subject whose gate is red has no row: its times are neither reported nor part 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +36,7 @@ __all__ = [
     "contribution_rows",
     "interleave",
     "mean_step",
+    "noise_floors",
     "rung_rows",
     "windows_by_round",
 ]
@@ -55,7 +60,7 @@ class Subject(Protocol):
         """Where it stands, noted with each window."""
 
     def window(self, steps: int) -> tuple[float, ...]:
-        """Seconds of each of so many steps."""
+        """Seconds of each of so many steps, or of fewer, at least one, where steps are long."""
 
 
 @dataclass(frozen=True)
@@ -178,37 +183,69 @@ def interleave(
     *,
     rounds: int,
     steps: int,
+    seldom: Collection[str] = (),
+    every: int = 1,
+    max_seconds: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> None:
-    """Run rounds until the journal has enough complete ones.
+) -> bool:
+    """Run rounds until the journal has enough complete ones, or time is up.
 
     Args:
         open_pass: fresh subjects by name, warmed up; called again when they are worn out.
         journal: takes the windows; its complete rounds count towards ``rounds``.
         rounds: complete rounds wanted, those on disk included.
-        steps: of a window.
+        steps: of a window at most.
+        seldom: names of subjects that are wanted in one round of ``every`` only.
+        every: as above, from 1 on.
+        max_seconds: no round begins that would end later, as long as the longest one so far took.
+        clock: seconds.
         progress: called with what runs, windows done and windows wanted.
 
+    Returns:
+        Whether all rounds are there.
+
     Raises:
+        ValueError: an ``every`` below 1.
         RuntimeError: fresh subjects have no room for a window.
     """
+    if every < 1:
+        raise ValueError(f"every: got {every}, expected at least 1")
+    started, longest = clock(), 0.0
     subjects: Mapping[str, Subject] = {}
-    names: list[str] = []
-    while not names or journal.rounds(names) < rounds:
+    while True:
         if not subjects or min(subject.room for subject in subjects.values()) < steps:
+            names = list(subjects)
+            if names and _left(journal, names, seldom, rounds, every) is None:
+                break
             subjects = {}  # frees the worn-out engines before their successors are built
             subjects = open_pass()
             names = list(subjects)
             if min(subject.room for subject in subjects.values()) < steps:
                 raise RuntimeError(f"steps: a fresh subject has no room for a window of {steps}")
-            continue
-        number, done = journal.next_round, journal.rounds(names)
-        for place, name in enumerate(timing.round_order(names, number)):
-            progress(name, done * len(names) + place, rounds * len(names))
+        if (taking := _left(journal, names, seldom, rounds, every)) is None:
+            break
+        begun = clock()
+        if begun - started + longest > max_seconds:
+            return False
+        number, done = journal.next_round, journal.rounds(taking)
+        for place, name in enumerate(timing.round_order(taking, number)):
+            progress(name, done * len(taking) + place, rounds * len(taking))
             # No name for the subject: it would keep a worn-out engine beside all of its successors.
             context = subjects[name].context
             journal.add(Window(number, name, context, subjects[name].window(steps)))
+        longest = max(longest, clock() - begun)
     progress("done", rounds * len(names), rounds * len(names))
+    return True
+
+
+def _left(journal: Journal, names: Sequence[str], seldom: Collection[str], rounds: int, every: int) -> list[str] | None:
+    """Who runs in the next round; None if no round is wanted any more."""
+    often = [name for name in names if name not in seldom]
+    done, full, wanted = journal.rounds(often), journal.rounds(names), -(-rounds // every)
+    if done >= rounds and full >= wanted:
+        return None
+    return list(names) if full < wanted and (full * every <= done or done >= rounds) else often
 
 
 def mean_step(windows: Iterable[Window], names: Iterable[str]) -> dict[str, list[float]]:
@@ -233,7 +270,8 @@ def rung_rows(
 
     Args:
         windows: of a journal.
-        rungs: (what is turned on, subject), the baseline first; its second run is ``<subject> again``.
+        rungs: (what is turned on, subject), the baseline first. A second run of a subject is called ``<subject>
+            again``; the baseline has one, others may.
         requests: in flight, one token each per step.
         gates: subject -> why its gate is red, or None if it is green; a red one gets a row without figures.
         rehearsal: say in every row that it is one.
@@ -241,7 +279,8 @@ def rung_rows(
     Returns:
         Rows with rung, gate, tok_s, tpot_ms, p99_ms (None where there are too few steps), change and change_ci in
         percent against the nearest green rung before, sign (of a resolved change, else 0), verdict, speedup and
-        speedup_ci against the baseline, noise_floor, rounds, note.
+        speedup_ci against the baseline, noise_floor, rounds, note. A rung's noise_floor is that of the A/A pair whose
+        steps are nearest to its own in length; two rungs are held against the larger of theirs.
 
     Raises:
         ValueError: no rungs, no complete round, or a subject without a gate.
@@ -253,12 +292,13 @@ def rung_rows(
     baseline = rungs[0][1]
     again = f"{baseline} {AGAIN}"
     green = [subject for _, subject in rungs if gates[subject] is None]
-    names = list(dict.fromkeys((baseline, again, *green)))
+    pairs = [subject for subject in green if f"{subject} {AGAIN}" in {window.name for window in windows}]
+    names = list(dict.fromkeys((baseline, again, *green, *(f"{subject} {AGAIN}" for subject in pairs))))
     complete = windows_by_round(windows, names)
     if not complete:
         raise ValueError(f"windows: no round has all of {', '.join(names)}, expected at least one")
     means = mean_step(windows, names)
-    floor = timing.noise_floor(timing.bootstrap_ratio(means[baseline], means[again]))
+    floors = noise_floors(means, names)
     rows: list[dict[str, Any]] = []
     before: str | None = None
     for label, subject in rungs:
@@ -270,19 +310,50 @@ def rung_rows(
             p99 = tail(seconds).seconds
             row["tok_s"], row["tpot_ms"] = requests / float(np.mean(seconds)), 1e3 * float(np.mean(seconds))
             row["p99_ms"] = None if p99 is None else 1e3 * p99
-            row["verdict"] = f"A/A floor {100 * floor:.2f} %"
+            row["noise_floor"] = floors[subject]
+            row["verdict"] = f"A/A floor {100 * floors[subject]:.2f} %"
             if before is not None:
-                step, whole = (change(means[other], means[subject], floor) for other in (before, baseline))
+                step, whole = (
+                    change(means[other], means[subject], max(floors[other], floors[subject]))
+                    for other in (before, baseline)
+                )
                 low, row["change"], high = step.percent
                 row |= {"change_ci": [low, high], "sign": step.sign, "verdict": step.verdict}
                 row |= {"speedup": whole.ratio.median, "speedup_ci": [whole.ratio.low, whole.ratio.high]}
             before = subject
-        row |= {"noise_floor": floor, "rounds": len(complete), "note": REHEARSAL if rehearsal else ""}
+        row |= {"rounds": len(complete), "note": REHEARSAL if rehearsal else ""}
         rows.append(row)
     return rows
 
 
-_FIGURES = ("tok_s", "tpot_ms", "p99_ms", "change", "change_ci", "sign", "verdict", "speedup", "speedup_ci")
+_FIGURES = (
+    "tok_s", "tpot_ms", "p99_ms", "change", "change_ci", "sign", "verdict", "speedup", "speedup_ci", "noise_floor",
+)  # fmt: skip
+
+
+def noise_floors(means: Mapping[str, Sequence[float]], names: Iterable[str]) -> dict[str, float]:
+    """The noise floor of every subject: that of the A/A pair whose mean step is nearest to its own, as a ratio.
+
+    A pair of slow steps says nothing about fast ones: what disturbs a step of the host by a share of it may be another
+    share of a replayed graph.
+
+    Args:
+        means: subject -> mean seconds of a step, one per round, with at least one subject's second run.
+        names: of the subjects; those of second runs are left out.
+
+    Raises:
+        ValueError: no subject has a second run.
+    """
+    pairs = {name: f"{name} {AGAIN}" for name in means if f"{name} {AGAIN}" in means}
+    if not pairs:
+        raise ValueError(f"means: got {', '.join(means)}, expected a second run of at least one, named '... {AGAIN}'")
+    floors = {name: timing.noise_floor(timing.bootstrap_ratio(means[name], means[pairs[name]])) for name in pairs}
+    typical = {name: math.log(float(np.mean(values))) for name, values in means.items()}
+    return {
+        name: floors[min(pairs, key=lambda pair: abs(typical[pair] - typical[name]))]
+        for name in names
+        if name not in pairs.values()
+    }
 
 
 def contribution_rows(

@@ -1,12 +1,9 @@
-"""What the ladder runs: one fixed benchmark on a slice of V4, one decode engine per set of switches, and its gate.
+"""What the ladder runs: one fixed benchmark on a slice of V4, and when two runs of it gave the same tokens.
 
-All requests are submitted at once. Their prompts are computed in chunks, untimed; then every step is a decode step with
-one row per request, and those are timed, a window of steps at a time. So "output tok/s" here is decode alone: requests
-in flight over the mean time of a step. All engines of a pass stand at the same positions in the same round.
-
-The gate is the equality of greedy tokens with the engine that has every switch off, on requests of their own that join
-at two moments. A first divergence is allowed where the two tokens' logits are closer than twice the budget; the budget
-is twice the largest error of a logit under plain bf16 attention, as for the engine's own tests.
+The rule of every gate here: greedy tokens equal those of the engine that has every switch off. A first divergence is
+allowed where the two tokens' logits are closer than twice the budget; the budget is twice the largest error of a logit
+under plain bf16 attention, as for the engine's own tests. A ladder's own gate runs the rows that it times
+(`dsv4ref.optimizations.ladder_subjects`); the one here runs requests that join at two moments, prompts and all.
 
 Weights are random and drawn in the released storage formats: MXFP4 experts, FP8 linears. What random weights cannot
 show is a routing histogram with hot experts.
@@ -15,7 +12,6 @@ show is a routing histogram with hot experts.
 from __future__ import annotations
 
 import math
-import time
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +23,7 @@ from torch import Tensor
 
 from dsv4ref.config import C4, C128, SWA, V4_FLASH, V4_TINY, ModelConfig, RouterConfig
 from dsv4ref.formats.scope import Scope
-from dsv4ref.optimizations.ladder_attribution import Switches, features_of
+from dsv4ref.optimizations.ladder_attribution import features_of
 from dsv4ref.ref.census import DTYPES, TensorSpec, census, is_quantised, scale_name
 from dsv4ref.ref.checkpoint_writer import random_tensor
 from dsv4ref.ref.model import Model
@@ -36,9 +32,10 @@ from dsv4ref.serving.engine import DecodeEngine
 
 __all__ = [
     "PRESETS",
-    "EngineSubject",
     "Generated",
     "Preset",
+    "SoakPlan",
+    "attend_plainly",
     "divergent",
     "gate_budget",
     "generate",
@@ -47,6 +44,30 @@ __all__ = [
     "prompts",
     "slice_model",
 ]
+
+
+@dataclass(frozen=True)
+class SoakPlan:
+    """A run of joins and leaves.
+
+    Args:
+        steps: in all.
+        mark: the step behind which memory is looked at for the first time; the last one is the second.
+        slots: requests at once.
+        lengths: (prompt, output) tokens of the requests, over and over.
+
+    Raises:
+        ValueError: a mark that is not before the last step.
+    """
+
+    steps: int
+    mark: int
+    slots: int
+    lengths: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mark < self.steps:
+            raise ValueError(f"mark: got {self.mark}, expected a step before the last one, {self.steps}")
 
 
 @dataclass(frozen=True)
@@ -59,10 +80,13 @@ class Preset:
         requests: requests in flight.
         prompt, output: tokens of each.
         chunk: prompt tokens of a step at most.
-        window: decode steps of one sample.
-        warmup: decode steps of a fresh engine that are not counted.
+        window: decode steps of one sample at most.
+        sample_s: seconds that a sample should take; a rung whose step is long takes fewer steps, at least two.
+        warmup: decode steps of a fresh engine that are not counted, and whose tokens its gate compares.
         repeats: windows per rung unless the command says otherwise.
-        gate: requests, prompt and output tokens of the gate.
+        gate: requests, prompt and output tokens of the gate with joins.
+        batches: batch sizes whose metadata is measured.
+        soak: the run of joins and leaves.
         rehearsal: it shows the method and says nothing about speed.
         about: what it is.
     """
@@ -74,9 +98,12 @@ class Preset:
     output: int
     chunk: int
     window: int
+    sample_s: float
     warmup: int
     repeats: int
     gate: tuple[int, int, int]
+    batches: tuple[int, ...]
+    soak: SoakPlan
     rehearsal: bool
     about: str
 
@@ -99,8 +126,8 @@ class Preset:
             f"{self.config.router.n_experts} experts in MXFP4, random weights",
             "requests": self.requests,
             "tokens in / out": f"{self.prompt} / {self.output}",
-            "steps per window": self.window,
-            "warm-up steps": self.warmup,
+            "steps per window": f"{self.window}, fewer where they take more than {self.sample_s:g} s, at least 2",
+            "warm-up steps, gated": self.warmup,
         }
 
 
@@ -120,25 +147,32 @@ _TINY = _slice(
 # The chunk: a slot's window ring holds a whole one, and the steps that the prompts take are lost to the first requests.
 # Of 1024 prompts of 512, 2048 leaves every request 256 decode steps with all others in flight.
 #
-# The gate's requests fill the window and close an entry of either kind. Timed contexts stay below 4 * topk tokens, so
-# no preset at Flash widths has a row from which the indexer has to choose.
+# The gate's requests fill the window and close an entry of either kind, in h200-short within the steps that warm an
+# engine up. Timed contexts stay below 4 * topk tokens, so no preset at Flash widths has a row from which the indexer
+# has to choose.
+_FLASH: dict[str, Any] = {
+    "config": _slice(V4_FLASH, "v4-flash-slice", (SWA, C4, C128)),
+    "chunk": 2048, "window": 64, "sample_s": 1.0, "warmup": 5, "repeats": 20, "gate": (2, 130, 4),
+    "batches": (1, 64, 1024), "soak": SoakPlan(2000, 100, 8, ((4, 100), (2, 40), (9, 200), (6, 60), (1, 20))),
+    "rehearsal": False,
+}  # fmt: skip
+
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         preset.name: preset
         for preset in (
             Preset(
-                "h200-slice", _slice(V4_FLASH, "v4-flash-slice", (SWA, C4, C128)), requests=1024, prompt=512,
-                output=512, chunk=2048, window=16, warmup=8, repeats=30, gate=(8, 136, 8), rehearsal=False,
+                "h200-slice", requests=1024, prompt=512, output=512, **_FLASH,
                 about="the sources' benchmark (512 in, 512 out, 1024 concurrent) on three layers of V4-Flash",
             ),
             Preset(
-                "h200-short", _slice(V4_FLASH, "v4-flash-slice", (SWA, C4, C128)), requests=32, prompt=128,
-                output=512, chunk=2048, window=10, warmup=8, repeats=30, gate=(8, 136, 8), rehearsal=False,
-                about="the same layers with 32 requests of 128 tokens: a pass of prompts is 128 times smaller",
+                "h200-short", requests=32, prompt=124, output=512, **_FLASH,
+                about="the same layers with 32 requests of 124 tokens, whose first steps close entries of both kinds",
             ),
             Preset(
-                "tiny", _TINY, requests=2, prompt=5, output=16, chunk=16, window=2, warmup=1, repeats=10,
-                gate=(3, 26, 4), rehearsal=True, about="the same method on a toy; no statement about speed",
+                "tiny", _TINY, requests=2, prompt=5, output=16, chunk=16, window=2, sample_s=60.0, warmup=2, repeats=10,
+                gate=(3, 26, 4), batches=(1, 4), soak=SoakPlan(12, 4, 2, ((3, 4), (26, 2), (1, 3))), rehearsal=True,
+                about="the same method on a toy; no statement about speed",
             ),
         )
     }
@@ -162,8 +196,9 @@ def get_preset(name: str) -> Preset:
 def slice_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Model:
     """A random model in the released storage formats.
 
-    What is stored as codes is drawn as codes, on the device: quantising random numbers for 256 experts a layer would
-    take longer than the benchmark. Scales keep matrices at variance 1 / width, to a power of two.
+    What is stored as codes is drawn as codes, on the device, and so are embedding and head: quantising random numbers
+    for 256 experts a layer would take longer than the benchmark, and drawing half a billion on the host is slow too.
+    Scales keep matrices at variance 1 / width, to a power of two.
 
     Args:
         config: any V4 model.
@@ -178,6 +213,8 @@ def slice_model(config: ModelConfig, seed: int, device: torch.device | str = "cp
             tensors[name], tensors[scale_name(name)] = _codes(
                 name, spec, census(config)[scale_name(name)], seed, device
             )
+        elif name in ("embed.weight", "head.weight"):
+            tensors[name] = _vocabulary(name, spec, seed, device)
         else:
             tensors[name] = random_tensor(name, config, seed).to(device)
     return Model(config, tensors)
@@ -206,6 +243,13 @@ def _codes(
     return codes, scales.view(DTYPES[scale.dtype])
 
 
+def _vocabulary(name: str, spec: TensorSpec, seed: int, device: torch.device | str) -> Tensor:
+    """Embedding or head, with the variances of `random_tensor`."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    values = torch.randn(spec.shape, generator=generator, device=device)
+    return (values if name.startswith("embed") else values * spec.shape[-1] ** -0.5).to(DTYPES[spec.dtype])
+
+
 def prompts(config: ModelConfig, count: int, length: int, seed: int) -> Tensor:
     """Random token ids, int64 ``[count, length]`` on the host."""
     return torch.randint(0, config.vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))
@@ -222,15 +266,13 @@ class Generated:
     logits: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
-def _engine(model: Model, switches: Iterable[str], device: torch.device | str, **sizes: Any) -> DecodeEngine:
-    return DecodeEngine(model, features_of(switches), device=device, **sizes)
-
-
 def _gate_engine(model: Model, asked: Tensor, new: int, switches: Iterable[str], device: Any) -> DecodeEngine:
     count, length = asked.shape
     # A chunk that cuts a prompt, and a block that the window does not fill.
-    sizes = {"slots": count, "max_length": length + new, "chunk": max(1, 2 * length - 1), "block_size": 16}
-    return _engine(model, switches, device, **sizes)
+    return DecodeEngine(
+        model, features_of(switches), slots=count, max_length=length + new, chunk=max(1, 2 * length - 1), block_size=16,
+        device=device,
+    )  # fmt: skip
 
 
 def generate(model: Model, asked: Tensor, new: int, switches: Iterable[str], device: torch.device | str) -> Generated:
@@ -248,16 +290,22 @@ def generate(model: Model, asked: Tensor, new: int, switches: Iterable[str], dev
 
 def plain_generated(model: Model, asked: Tensor, new: int, device: torch.device | str) -> Generated:
     """The same by the engine with every switch off and the straightforward bf16 attention in decode rows."""
+    engine = _gate_engine(model, asked, new, (), device)
+    attend_plainly(engine)
+    return _drive(engine, asked, new)
+
+
+def attend_plainly(engine: DecodeEngine) -> None:
+    """Give an engine with every switch off the straightforward bf16 attention in decode rows, for budgets."""
+    scale = engine.model.config.softmax_scale
 
     def attend(q: Tensor, window: Scope, compressed: Scope | None, sink: Tensor, out: Tensor) -> Tensor:
         scopes = [window] if compressed is None else [window, compressed]
         where = out.device
-        o, _ = sparse_attention_plain(q.to(where, torch.bfloat16), scopes, sink.to(where), model.config.softmax_scale)
+        o, _ = sparse_attention_plain(q.to(where, torch.bfloat16), scopes, sink.to(where), scale)
         return o.to(q.device, q.dtype)
 
-    engine = _gate_engine(model, asked, new, (), device)
     engine.operations = replace(engine.operations, attend=attend)
-    return _drive(engine, asked, new)
 
 
 def _drive(engine: DecodeEngine, asked: Tensor, new: int) -> Generated:
@@ -315,105 +363,3 @@ def divergent(run: Generated, reference: Generated, budget: float) -> int:
         logits = reference.logits[id][at]
         count += not float(logits.max() - logits[run.tokens[id][at]]) <= 2 * budget
     return count
-
-
-# --- the benchmark ---
-
-
-class EngineSubject:
-    """One engine in its decode phase: every request decodes, nobody joins or leaves.
-
-    Args:
-        model: the slice.
-        preset: the benchmark.
-        switches: which are on.
-        asked: int64 ``[requests, prompt]``.
-        device: of the engine.
-
-    Attributes:
-        on_gpu: whether steps are waited for and memory is counted.
-        engine_bytes: what building it and computing the prompts left allocated on the GPU; None on the CPU.
-    """
-
-    def __init__(
-        self, model: Model, preset: Preset, switches: Switches, asked: Tensor, device: torch.device | str
-    ) -> None:
-        self._preset, self.on_gpu = preset, torch.device(device).type == "cuda"
-        before = self._allocated()
-        sizes = {"slots": preset.requests, "max_length": preset.max_length, "chunk": preset.chunk}
-        self._engine = _engine(model, sorted(switches), device, **sizes)
-        for prompt in asked:
-            self._engine.submit(prompt, preset.output)
-        self._made = 0
-        while self._step().prefilled:
-            pass
-        for _ in range(preset.warmup):
-            self._step()
-        after = self._allocated()
-        self.engine_bytes = None if before is None or after is None else after - before
-
-    @property
-    def room(self) -> int:
-        """Decode steps before the first request leaves."""
-        return self._preset.output - self._made - 1
-
-    @property
-    def context(self) -> int:
-        """Tokens of the longest request."""
-        return self._preset.prompt + self._made
-
-    def step(self) -> None:
-        """One decode step of all requests.
-
-        Raises:
-            RuntimeError: a request has no token left, or the step decoded another number of rows.
-        """
-        if self.room < 1:
-            raise RuntimeError(f"step: {self._made} of {self._preset.output} tokens are generated, expected room")
-        result = self._step()
-        if result.decoded != self._preset.requests or result.prefilled or result.done:
-            raise RuntimeError(
-                f"step: decoded {result.decoded} rows, prefilled {result.prefilled}, {len(result.done)} left; "
-                f"expected {self._preset.requests} decode rows and nothing else"
-            )
-
-    def window(self, steps: int) -> tuple[float, ...]:
-        """Seconds of each of so many decode steps, by the host's clock, the device idle before and after each."""
-        seconds = []
-        for _ in range(steps):
-            self._wait()
-            started = time.perf_counter()
-            self.step()
-            self._wait()
-            seconds.append(time.perf_counter() - started)
-        return tuple(seconds)
-
-    def step_bytes(self) -> int | None:
-        """Bytes that one step allocates on top of what is there, at its peak; None on the CPU."""
-        if not self.on_gpu:
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        self.step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def _step(self) -> Any:
-        result = self._engine.step()
-        failed = [request for request in result.done if request.error is not None]
-        if failed:
-            raise RuntimeError(f"request {failed[0].id} failed: {failed[0].error}")
-        # Requests whose prompt was in the first chunk are ahead of the others by the steps that the rest took.
-        self._made += bool(result.tokens)
-        return result
-
-    def _wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
-    def _allocated(self) -> int | None:
-        if not self.on_gpu:
-            return None
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()

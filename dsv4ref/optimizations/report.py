@@ -25,7 +25,8 @@ def report_rows(measured: Iterable[Record]) -> list[dict[str, Any]]:
     Returns:
         Rows with id, case, device, method, baseline_us, optimized_us, ratio, ratio_ci, noise_floor, predicted, claimed,
         peers, gate, stale; then hazards (how many bugs the chapter plants), variants (other variants' microseconds),
-        bound_us, date, resolvable. Times are p50 microseconds, the host's where method is `records.HOST`, which nobody
+        bound_us, date, resolvable; and of decode steps, whose cases state their ``tokens``, tok_s and tpot_ms, each of
+        (baseline, optimised). Times are p50 microseconds, the host's where method is `records.HOST`, which nobody
         predicts; ratio is baseline over optimised; claimed is text, since published gains are of whole systems.
     """
     chapters = catalogue.load()
@@ -51,6 +52,9 @@ def _row(opt: Optimization, case: str, device: str, method: str, variants: dict[
     assert low is not None
     assert high is not None
     assert floor is not None
+    tokens = opt.cases[case].params.get("tokens")
+    times = (baseline.p50_us, optimized.p50_us)
+    steps = {"tok_s": [1e6 * tokens / us for us in times], "tpot_ms": [us / 1e3 for us in times]} if tokens else {}
     return {
         "id": opt.id,
         "case": case,
@@ -72,4 +76,5 @@ def _row(opt: Optimization, case: str, device: str, method: str, variants: dict[
         "bound_us": optimized.bound_us,
         "date": optimized.date,
         "resolvable": low > 1 + floor or high < 1 - floor,
+        **steps,
     }

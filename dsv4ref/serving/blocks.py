@@ -18,6 +18,8 @@ Source: paging and page size as in vLLM's DeepSeek-V4 caches; rows and states: d
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,16 +99,31 @@ class BlockPool:
             raise ValueError(f"owner: got {owner}, expected one that holds blocks of {self.name}: {self.owners}")
         self._free.extend(reversed(self._held.pop(owner)))
 
+    def assign(self, held: Mapping[int, tuple[int, ...]]) -> None:
+        """Give blocks to exactly these owners, whoever held them before; all others are free.
+
+        Args:
+            held: owner -> its blocks, in the order in which it took them.
+
+        Raises:
+            ValueError: a block that there is not, or one with two owners; nothing has changed.
+        """
+        given = [block for blocks in held.values() for block in blocks]
+        if len(set(given)) < len(given) or not set(given) <= set(range(self.blocks)):
+            raise ValueError(f"held: got {dict(held)}, expected blocks of {self.name} below {self.blocks}, each once")
+        self._held = dict(held)
+        self._free = sorted(set(range(self.blocks)) - set(given), reverse=True)
+
     def check(self) -> None:
         """Every block is free or held, and once.
 
         Raises:
             RuntimeError: names the first block that is not.
         """
-        seen = [*self._free, *(block for held in self._held.values() for block in held)]
+        seen = Counter([*self._free, *(block for held in self._held.values() for block in held)])
         for block in range(self.blocks):
-            if seen.count(block) != 1:
-                raise RuntimeError(f"{self.name}: block {block} is accounted for {seen.count(block)} times, expected 1")
+            if seen[block] != 1:
+                raise RuntimeError(f"{self.name}: block {block} is accounted for {seen[block]} times, expected 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,7 @@ class DeviceDecoder:
         self._device = caches.layers[0].window.data.device
         self._wanted = tuple(sorted(sizes))
         self._graphs: Buckets | None = None
-        self._held: dict[int, tuple[Row, ...]] = {}
+        self._held: dict[int, list[Row]] = {}
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -128,22 +128,64 @@ class DeviceDecoder:
             ValueError: no row, or more than there are slots.
             Whatever an operation raises; the step may be repeated.
         """
-        size = self._size_for(len(rows))
-        step, wanted = self.steps[size], tuple(rows)
-        # Taken out: until the step has succeeded nobody knows what its buffers hold.
-        if self._held.pop(size, None) != wanted:
-            step.load(wanted)
-            self.loads += 1
-        if self._graphs is not None and size in self._graphs.sizes:
-            logits = self._graphs.replay(len(rows))
-        else:
-            logits = step.run(operations)
+        step = self.place(rows)
+        logits = self.launch(len(rows), operations)
         answers: list[int] = step.answers[: len(rows)].tolist()
-        if NO_ANSWER not in answers:
-            self._held[size] = tuple(
-                Row(row.slot, row.position + 1, answer) for row, answer in zip(wanted, answers, strict=True)
-            )
+        self.remember(rows, answers)
         return [None if answer == NO_ANSWER else answer for answer in answers], logits[: len(rows)]
+
+    def place(self, rows: Sequence[Row]) -> DeviceStep:
+        """The host's part of a step before its launch: see that the buffers hold its rows.
+
+        Args:
+            rows: as `decode`.
+
+        Returns:
+            The step of the batch size that holds them; nothing was launched if its buffers held them already.
+
+        Raises:
+            ValueError: no row, or more than there are slots.
+        """
+        step = self.steps[self._size_for(len(rows))]
+        # Taken out: until the step has succeeded nobody knows what its buffers hold.
+        if self._held.pop(step.rows, None) != list(rows):
+            step.load(rows)
+            self.loads += 1
+        return step
+
+    def launch(self, rows: int, operations: Operations) -> Tensor:
+        """The step of the rows that its buffers hold, replayed or run; the answers stay on the device.
+
+        Its own inputs are left behind one token further, so launches may follow each other. `decode` loads its rows
+        again after one that nobody `remember`ed.
+
+        Args:
+            rows: how many.
+            operations: as `decode`.
+
+        Returns:
+            Logits of the batch size that holds them.
+
+        Raises:
+            ValueError: no row, or more than there are slots.
+        """
+        step = self.steps[self._size_for(rows)]
+        self._held.pop(step.rows, None)
+        if self._graphs is not None and step.rows in self._graphs.sizes:
+            logits: Tensor = self._graphs.replay(rows)
+            return logits
+        return step.run(operations)
+
+    def remember(self, rows: Sequence[Row], answers: Sequence[int]) -> None:
+        """The host's part behind it: note what a step of these rows has left in its buffers.
+
+        Args:
+            rows: as `place`d.
+            answers: per row its token, or `NO_ANSWER`, with which nothing is noted.
+        """
+        if NO_ANSWER not in answers:
+            held = [Row(row.slot, row.position + 1, answer) for row, answer in zip(rows, answers, strict=True)]
+            self._held[self._size_for(len(rows))] = held
 
     def _size_for(self, rows: int) -> int:
         for size in self.steps:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,8 +52,7 @@ NO_ANSWER = -1
 """The answer of a row whose logits are not finite."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What a step computes for one request.
 
     Args:

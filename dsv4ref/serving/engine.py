@@ -29,6 +29,7 @@ from dsv4ref.ref.model import Model, check_tokens
 from dsv4ref.ref.state import State
 from dsv4ref.serving.batch import make_batch
 from dsv4ref.serving.blocks import CacheSizes, PagedCaches
+from dsv4ref.serving.checkpoints import Checkpoint, check_fits, copied_request, read_caches, rebound, write_caches
 from dsv4ref.serving.device_decoder import DeviceDecoder, default_sizes
 from dsv4ref.serving.features import Features, check_available
 from dsv4ref.serving.forward import ReferenceForward
@@ -245,6 +246,51 @@ class DecodeEngine:
             self._states[request.id] = state
             self._queue.join(request)
 
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> Checkpoint:
+        """Where the running requests stand, to go on from there more than once; their prompts are computed.
+
+        Raises:
+            RuntimeError: nobody runs, somebody waits or has a prompt to compute, or a device step has taken over.
+        """
+        unready = [r.id for r in self._queue.running if not r.decoding or self._states[r.id] is None]
+        if unready or self._queue.waiting or not self._queue.running:
+            raise RuntimeError(
+                f"checkpoint: requests {unready} have no state to keep and {len(self._queue.waiting)} wait, expected "
+                "requests that run, whose prompts are computed and that no device step has taken over"
+            )
+        states = {id: state for id, state in self._states.items() if state is not None}
+        return Checkpoint(
+            self.model.config, self.caches.sizes, tuple(copied_request(r) for r in self._queue.running), states,
+            {id: self.caches.window_pool.held(id) for id in states},
+            {id: self.caches.page_pool.held(id) for id in states}, read_caches(self.caches),
+        )  # fmt: skip
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put these requests in the place of everybody who waits or runs, who are forgotten.
+
+        Args:
+            checkpoint: of an engine of the same model and sizes; not changed.
+
+        Raises:
+            ValueError: another model or sizes; nothing has changed.
+            RuntimeError: called from within a step.
+        """
+        if self._stepping:
+            raise RuntimeError("restore: called from within a step, expected it before the next one")
+        check_fits(checkpoint, self.caches)
+        if self.decoder is not None:
+            for request in self._queue.running:
+                self.decoder.leave(request.id)
+        self._left.clear()
+        self._queue.replace(copied_request(request) for request in checkpoint.requests)
+        self.caches.window_pool.assign(checkpoint.window)
+        self.caches.page_pool.assign(checkpoint.pages)
+        write_caches(self.caches, checkpoint.caches)
+        self._states = {id: rebound(state, self.caches) for id, state in checkpoint.states.items()}
+        self._next_id = max(self._next_id, 1 + max(self._states))
+
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[int, Request]:
@@ -305,7 +351,9 @@ class DecodeEngine:
         requests = [segment.request for segment in segments]
         rows = [self.decoder.row(r.id, r.computed, *r.tokens(r.computed, r.computed + 1)) for r in requests]
         tokens, logits = self.decoder.decode(rows, self.operations)
-        kept = logits.clone() if self._keep_logits else logits  # the next step writes over them
+        kept: Iterable[Tensor | None] = [None] * len(rows)
+        if self._keep_logits:
+            kept = logits.clone()  # the next step writes over them
         return [
             _Computed(segment, None, True, token, row)
             for segment, token, row in zip(segments, tokens, kept, strict=True)

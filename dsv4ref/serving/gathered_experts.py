@@ -12,6 +12,7 @@ Reference: `dsv4ref.ref.experts.routed_experts_ref`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ GATHER_BYTES = 2**28
 _MATRICES = ("w1", "w2", "w3")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Stacked:
     """One matrix of all experts of a layer.
 
@@ -37,11 +38,13 @@ class _Stacked:
         stored: floating ``[E, out, in]``, or MXFP4 bytes ``[E, out, in / 2]``.
         scales: of MXFP4 bytes, UE8M0 ``[E, out, in / 32]``.
         values: fp32 ``[16]``, what an MXFP4 code stands for.
+        sources: the tensors that it was made from: while it lives, nothing else has their identities.
     """
 
     stored: Tensor
     scales: Tensor | None
     values: Tensor
+    sources: tuple[Tensor, ...]
 
     def gather(self, experts: Tensor, dtype: torch.dtype) -> Tensor:
         """``[n, out, in]`` of experts int64 ``[n]``."""
@@ -52,12 +55,16 @@ class _Stacked:
         return (numbers * ue8m0.decode(self.scales[experts])[..., None]).flatten(-2).to(dtype)
 
 
+# As `dsv4ref.serving.grouped_experts` shares its stacks: by identity and version (H31).
+_STACKS: WeakValueDictionary[tuple[object, ...], _Stacked] = WeakValueDictionary()
+
+
 class GatheredExperts:
     """The routed experts of every layer, stacked.
 
     Args:
-        model: its expert weights are copied to the device now; later changes are not seen. MXFP4 and floating weights
-            stay as they are stored, FP8 ones are dequantised.
+        model: its expert weights are copied to the device now, or shared with whoever copied the same tensors before;
+            later changes are not seen. MXFP4 and floating weights stay as they are stored, FP8 ones are dequantised.
         device: where.
         gather_bytes: as `GATHER_BYTES`.
 
@@ -81,13 +88,21 @@ class GatheredExperts:
     def _stacked(self, model: Model, layer: int, name: str, device: torch.device) -> _Stacked:
         parts = model.weights.at(block_name(self._config, layer)).at("ffn").at("experts")
         experts = [parts.at(str(number)) for number in range(self._config.router.n_experts)]
+        floating = experts[0].raw(f"{name}.weight").dtype.itemsize > 1
+        kinds = ("weight",) if floating else ("weight", "scale")
+        sources = tuple(expert.raw(f"{name}.{kind}") for expert in experts for kind in kinds)
+        key = (device, self._numerics.dtype, *((id(tensor), tensor._version) for tensor in sources))
+        if (known := _STACKS.get(key)) is not None:
+            return known
+        scales = None
         if experts[0].raw(f"{name}.weight").dtype in (torch.int8, torch.uint8):
             stored = [expert.raw(f"{name}.weight").view(torch.uint8) for expert in experts]
-            scales = [expert.raw(f"{name}.scale").view(torch.uint8) for expert in experts]
-            return _Stacked(torch.stack(stored).to(device), torch.stack(scales).to(device), self._values)
-        floating = experts[0].raw(f"{name}.weight").dtype.itemsize > 1
-        matrices = [expert.raw(f"{name}.weight") if floating else expert.matrix(name) for expert in experts]
-        return _Stacked(torch.stack(matrices).to(device), None, self._values)
+            scales = torch.stack([expert.raw(f"{name}.scale").view(torch.uint8) for expert in experts]).to(device)
+        else:
+            stored = [expert.raw(f"{name}.weight") if floating else expert.matrix(name) for expert in experts]
+        stacked = _Stacked(torch.stack(stored).to(device), scales, self._values, sources)
+        _STACKS[key] = stacked
+        return stacked
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -149,6 +149,16 @@ class RequestQueue:
         """Out of the queue or its slot, for good."""
         (self.running if request in self.running else self.waiting).remove(request)
         request.status, request.error = status, error
+
+    def replace(self, running: Iterable[Request]) -> None:
+        """Nobody waits, and these run, in this order, whoever did before.
+
+        Args:
+            running: at most as many as there are slots.
+        """
+        self.waiting.clear()
+        self.running = list(running)
+        assert len(self.running) <= self.slots, f"{len(self.running)} requests in {self.slots} slots"
 
     def schedule(self) -> tuple[Segment, ...]:
         """What the next step computes: decoding requests first, one token each, then prompts within the budget."""

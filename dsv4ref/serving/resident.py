@@ -10,6 +10,9 @@ a captured step cannot (chapter 10), and a step of the engine has nothing left t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -26,6 +29,17 @@ __all__ = ["AS_STORED", "fp4_values", "index_values", "resident_model", "write_e
 AS_STORED = (".experts.", ".wo_a.", ".tid2eid", "embed.weight")
 
 
+@dataclass(frozen=True, eq=False)
+class _Resident(Model):
+    """A resident model, and the tensors that it was made from: while it lives, nothing else has their identities."""
+
+    sources: tuple[Tensor, ...] = ()
+
+
+# By the identity and version of every tensor, as `dsv4ref.serving.grouped_experts` shares its stacks (H31).
+_RESIDENT: WeakValueDictionary[tuple[object, ...], _Resident] = WeakValueDictionary()
+
+
 def resident_model(model: Model, device: torch.device | str) -> Model:
     """The same model with its weights on a device, in the arithmetic dtype but for those that stay as stored.
 
@@ -34,9 +48,14 @@ def resident_model(model: Model, device: torch.device | str) -> Model:
         device: where.
 
     Returns:
-        A `Model` whose tensors do not follow later changes of the original's, those that are shared aside.
+        A `Model` whose tensors do not follow later changes of the original's, those that are shared aside. Engines that
+        stand side by side, as on a ladder, get the same one while the original's tensors are unchanged.
     """
     device = torch.device(device)
+    sources = tuple(model.tensors.values())
+    key = (device, model.config, model.numerics, *((id(tensor), tensor._version) for tensor in sources))
+    if (known := _RESIDENT.get(key)) is not None:
+        return known
     tensors: dict[str, Tensor] = {}
     for name, stored in model.tensors.items():
         if any(part in name for part in AS_STORED):
@@ -45,7 +64,9 @@ def resident_model(model: Model, device: torch.device | str) -> Model:
             tensors[name] = _dequantised(model.weights, name, device)
         elif not name.endswith(".scale") or f"{name.removesuffix('scale')}weight" not in model.tensors:
             tensors[name] = stored.to(device, model.numerics.dtype)
-    return Model(model.config, tensors, model.numerics)
+    resident = _Resident(model.config, tensors, model.numerics, sources)
+    _RESIDENT[key] = resident
+    return resident
 
 
 def _dequantised(weights: Weights, name: str, device: torch.device) -> Tensor:

@@ -180,10 +180,12 @@ def scoreboard(rows: Sequence[Row], caption: str = "Scoreboard: ratio = baseline
 
 
 def scoreboard_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """`SCOREBOARD`, with peers only where a row has some, planted bugs where every row counts them, and the method of
-    every row where one of them is of the host's time.
+    """`SCOREBOARD`, with peers and rates only where a row has some, planted bugs where every row counts them, and the
+    method of every row where one of them is of the host's time.
     """
     shown = [column for column in SCOREBOARD if column.key != "peers" or any(row.get("peers") for row in rows)]
+    if any("tok_s" in row for row in rows):
+        shown.insert([column.key for column in shown].index("optimized_us") + 1, _RATES)
     if any(row.get("method") == HOST for row in rows):
         shown.insert([column.key for column in shown].index("device") + 1, Column("method"))
     if rows and all("hazards" in row for row in rows):
@@ -384,6 +386,12 @@ def interval(value: Any) -> str:
     return UNKNOWN if value is None else f"{value.median:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
 
 
+def _change(values: Any) -> str:
+    return UNKNOWN if values is None else " → ".join(number(value) for value in values)
+
+
+_RATES = Column("tok_s", "output tok/s", text=lambda row: _change(row.get("tok_s")))
+
 LADDER = (
     Column("order"),
     Column("rung"),
@@ -394,6 +402,30 @@ LADDER = (
     Column("verdict", "change of speed, 95 %"),
     Column("rounds"),
     Column("note"),
+)
+RUNGS = (
+    Column("rung"),
+    Column("tok_s", "output tok/s"),
+    Column("tpot_ms", "mean TPOT, ms"),
+    Column("p99_ms", "p99, ms"),
+    Column("launches"),
+    Column("host_ms", "host, ms"),
+    Column("host_percent", "host, %"),
+    Column("verdict", "change of speed, 95 %"),
+)
+INSIDE = (
+    Column("rung"),
+    Column("device_ms", "device, ms"),
+    Column("engine_bytes", "engine keeps, bytes"),
+    Column("step_bytes", "a step takes, bytes"),
+)
+METADATA = (
+    Column("batch", "rows"),
+    Column("step"),
+    Column("host_us", "host, us"),
+    Column("host_us_ci", "95 %", text=lambda row: " to ".join(number(value) for value in row["host_us_ci"])),
+    Column("launches"),
+    Column("loads", "row copies"),
 )
 GATES = (
     Column("id"),

@@ -21,7 +21,7 @@ from dsv4ref import cli, settings
 from dsv4ref.evidence import isa, records
 from dsv4ref.optimizations import catalogue
 from dsv4ref.optimizations.base import Optimization
-from dsv4ref.optimizations.ladder_benchmark import trace_counts
+from dsv4ref.optimizations.ladder_inside import trace_counts
 
 REPOSITORY = Path(__file__).parents[2]
 VERIFY = ["id", "case", "gate", "passed", "detail"]
@@ -335,6 +335,7 @@ def assert_refused(ran: Ran, *said: str) -> None:
         ("ladder --device cpu --out {nowhere}", ["--preset", "h200-short", "needs a GPU", "tiny"]),
         ("ladder --device cpu --out {nowhere} --preset mini", ["preset", "'mini'", "h200-slice", "tiny"]),
         ("ladder --device cpu --out {nowhere} --preset tiny --repeats 3", ["repeats", "3", "at least 10"]),
+        ("ladder --device cpu --out {nowhere} --preset tiny --seconds 0", ["max_seconds", "0", "positive"]),
         ("ladder --device cpu --out {nowhere} --preset tiny --order down", ["order", "'down'", "source", "reverse"]),
         ("ladder --device cpu --out {nowhere} --preset tiny --switches fast", ["switches", "'fast'", "sparse_decode"]),
         ("ladder --device cpu --out {nowhere} --preset tiny --attribution all", ["'all'", "ladder", "shapley"]),

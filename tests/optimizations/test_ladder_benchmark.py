@@ -16,6 +16,8 @@ from dsv4ref.evidence import timing
 from dsv4ref.evidence.roofline import Roofs
 from dsv4ref.optimizations import ladder_attribution as attribution
 from dsv4ref.optimizations import ladder_benchmark as benchmark
+from dsv4ref.optimizations import ladder_inside as inside
+from dsv4ref.optimizations import ladder_subjects as subjects
 from dsv4ref.optimizations import ladder_workload as workload
 from dsv4ref.optimizations.ladder_runner import REHEARSAL, MixedRunError, Window
 from dsv4ref.optimizations.report import report_rows
@@ -23,7 +25,7 @@ from dsv4ref.ref.model import Model
 from dsv4ref.serving.engine import DecodeEngine
 from dsv4ref.serving.features import available
 
-SHORT = replace(workload.get_preset("tiny"), window=1, output=14, gate=(2, 4, 3))
+SHORT = replace(workload.get_preset("tiny"), window=1, output=10, gate=(2, 4, 3))
 CHEAP = ("shrink_tail_fill", "cached_projection")  # no interpreted kernel in a decode row
 
 
@@ -114,10 +116,16 @@ def test_the_large_preset_is_the_sources_benchmark_at_flash_widths() -> None:
 
 def test_the_short_preset_differs_in_its_requests_and_prompts_alone() -> None:
     short, large = workload.get_preset("h200-short"), workload.get_preset("h200-slice")
-    own = ("name", "requests", "prompt", "window", "about")
+    own = ("name", "requests", "prompt", "about")
     assert replace(short, **{name: getattr(large, name) for name in own}) == large
-    assert large.requests * large.prompt == 128 * short.requests * short.prompt, "as its description says"
-    assert short.repeats * short.window >= 299, "steps enough for a p99"
+    assert short.repeats * short.window >= 299, "steps enough for a p99 of a fast rung"
+
+
+def test_the_steps_that_warm_the_short_preset_up_close_entries_of_both_kinds() -> None:
+    preset = workload.get_preset("h200-short")
+    behind = preset.prompt  # the prompts' last step decodes the first requests' next token
+    for ratio in (4, 128):
+        assert any(position % ratio == ratio - 1 for position in range(behind + 1, behind + preset.warmup)), ratio
 
 
 @pytest.mark.parametrize("name", ["h200-short", "h200-slice"])
@@ -187,7 +195,7 @@ class WrongProjection(DecodeEngine):
 
 
 def test_a_rung_whose_tokens_change_is_refused(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workload, "DecodeEngine", WrongProjection)
+    monkeypatch.setattr(subjects, "DecodeEngine", WrongProjection)
     found = run(tmp_path, device, inside=False)
     assert not found.green
     assert found.inside == found.traces == []
@@ -218,7 +226,7 @@ def test_a_ladder_runs_is_resumed_and_refuses_another_source(
     assert all(row["rounds"] == 10 for row in found.rungs["order"])
     assert found.records == (), "a rehearsal is no record"
     journal = (tmp_path / "ladder.jsonl").read_bytes()
-    assert len(journal.splitlines()) == 1 + 10 * 4  # three rungs and the second baseline
+    assert len(journal.splitlines()) == 1 + 10 * 5  # three rungs, and the first and the last a second time
 
     stated = json.loads((tmp_path / "report.json").read_text())
     assert stated["rungs"]["order"] == found.rungs["order"]
@@ -243,16 +251,37 @@ def test_too_few_repeats_are_refused_before_anything_runs(tmp_path: Path, device
     assert not (tmp_path / "out").exists()
 
 
-def test_an_engine_without_tokens_left_is_refused(model: Model, device: str) -> None:
-    asked = workload.prompts(SHORT.config, SHORT.requests, SHORT.prompt, 0)
-    subject = workload.EngineSubject(model, SHORT, frozenset(), asked, device)
-    room = subject.room
-    assert room == SHORT.output - SHORT.warmup - 3  # the prompts' own step, the first decode step, the last token
-    assert len(subject.window(room)) == room
-    assert subject.room == 0
-    assert subject.context == SHORT.prompt + SHORT.output - 1
-    with pytest.raises(RuntimeError, match="step: 13 of 14 tokens are generated, expected room"):
-        subject.window(1)
+def test_a_run_that_is_out_of_time_says_so_and_is_continued(tmp_path: Path, device: str) -> None:
+    with pytest.raises(RuntimeError, match="max_seconds: 1e-06 s were over before the first round was complete"):
+        run(tmp_path, device, inside=False, max_seconds=1e-6)
+    clock = iter(range(1000))
+    original = benchmark.interleave
+
+    def four_rounds(*given: Any, **named: Any) -> bool:
+        return original(*given, **{**named, "max_seconds": 8, "clock": lambda: float(next(clock))})
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(benchmark, "interleave", four_rounds)
+        part = run(tmp_path, device)
+    assert not part.complete
+    assert part.inside == part.traces == part.metadata == []
+    assert part.soak is None
+    assert part.contributions is None
+    assert part.rungs["order"][1]["verdict"].startswith("not resolvable (")
+    whole = run(tmp_path, device, inside=False)
+    assert whole.complete
+    assert 0 < part.rungs["order"][0]["rounds"] < whole.rungs["order"][0]["rounds"] == 10
+    with pytest.raises(ValueError, match="max_seconds: got 0, expected a positive number of seconds"):
+        run(tmp_path, device, max_seconds=0)
+
+
+def test_sets_that_only_other_views_need_run_in_fewer_rounds(tmp_path: Path, device: str) -> None:
+    found = run(tmp_path, device, which="orders", repeats=20, inside=False, switches=("shrink_tail_fill",))
+    assert {row["rounds"] for row in found.rungs["order"]} == {20}
+    found = run(tmp_path / "two", device, which="orders", repeats=20, inside=False)
+    assert {row["rounds"] for row in found.rungs["order"]} == {20}
+    assert {row["rounds"] for row in found.rungs["reverse"]} == {10}
+    assert found.contributions is not None
 
 
 def test_every_module_of_the_engine_is_a_source_of_its_rounds() -> None:
@@ -303,13 +332,14 @@ def test_records_of_a_ladder_are_what_the_scoreboard_reads(model: Model, monkeyp
     monkeypatch.setattr(benchmark.roofline, "measure_roofs", lambda: Roofs("none", 4e12, 7e14))
     plan = benchmark.make_plan(model, switches=CHEAP)
     seconds = {plan.name(on): value for on, value in zip(plan.sets, (0.10, 0.09, 0.05), strict=True)} | {
-        "off again": 0.10
+        "off again": 0.10,
+        "shrink_tail_fill+cached_projection again": 0.05,
     }
     windows = [Window(n, k, 0, (v * (1 + 1e-4 * n),) * 16) for n in range(12) for k, v in seconds.items()]
     journal = type("Journal", (), {"windows": windows})()
-    inside = [{"launches": count} for count in (300, 200, 100)]
+    counted = [{"launches": count} for count in (300, 200, 100)]
     large = workload.get_preset("h200-slice")
-    lines = benchmark._records(large, plan, journal, inside, seed=0)
+    lines = benchmark._records(large, plan, journal, counted, seed=0)
     assert [line.variant for line in lines] == ["baseline", f"+ {plan.order[0]}", "optimized"]
     assert [line.launches for line in lines] == [300, 200, 100]
     assert [line.ratio for line in lines[1:]] == pytest.approx([10 / 9, 2.0])
@@ -339,9 +369,9 @@ def test_a_trace_is_read_within_its_last_step(tmp_path: Path) -> None:
     path = tmp_path / "trace.json.gz"
     with gzip.open(path, "wt") as file:
         json.dump({"traceEvents": events}, file)
-    found = benchmark.trace_counts(path)
-    assert found == {"kernel": 1, "copy": 1, "fill": 1, "operators": 1, "busy_us": 33.0}
+    found = inside.trace_counts(path)
+    assert found == {"kernel": 1, "copy": 1, "fill": 1, "operators": 1, "busy_us": 33.0, "span_us": 46.0}
     with gzip.open(path, "wt") as file:
         json.dump({"traceEvents": events[1:2]}, file)
     with pytest.raises(ValueError, match="has no 'decode step'"):
-        benchmark.trace_counts(path)
+        inside.trace_counts(path)

@@ -166,7 +166,51 @@ def test_a_run_that_is_complete_measures_nothing_more_and_more_repeats_are_added
     assert len(log) == 9
 
 
+def test_seldom_subjects_run_in_one_round_of_so_many_and_the_first(tmp_path: Path) -> None:
+    log: list[str] = []
+    journal = Journal(tmp_path / "j", HEADER)
+    assert runner.interleave(opener(log), journal, rounds=7, steps=2, seldom={"on"}, every=3)
+    found = runner.windows_by_round(journal.windows, ())
+    assert [number for number, windows in found.items() if "on" in windows] == [0, 3, 6]
+    assert all({"off", "off again"} <= set(windows) for windows in found.values())
+    with pytest.raises(ValueError, match="every: got 0, expected at least 1"):
+        runner.interleave(opener([]), journal, rounds=1, steps=2, every=0)
+
+
+def test_a_seldom_subject_that_a_kill_cut_off_gets_its_rounds_later(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", HEADER)
+    for number in range(4):
+        for name in NAMES[:2]:
+            journal.add(Window(number, name, 0, (1.0,)))
+    assert runner.interleave(opener([]), journal, rounds=4, steps=2, seldom={"on"}, every=2)
+    assert journal.rounds(NAMES) == 2
+
+
+def test_no_round_begins_that_would_end_too_late(tmp_path: Path) -> None:
+    log: list[str] = []
+    journal = Journal(tmp_path / "j", HEADER)
+    timed: dict[str, Any] = {"rounds": 9, "steps": 2, "clock": lambda: float(len(log))}
+    assert not runner.interleave(opener(log), journal, max_seconds=10, **timed)
+    assert journal.rounds(NAMES) == 3, "each takes three seconds of ten"
+    assert runner.interleave(opener(log), journal, **timed)
+    assert journal.rounds(NAMES) == 9
+
+
 # --- rows ---
+
+
+def test_a_rung_is_held_against_the_pair_that_is_nearest_in_time() -> None:
+    times = TIMES | {"a+b": 0.3, "a+b+c again": 0.1}
+    noisy = windows({name: seconds for name, seconds in times.items() if name.startswith("off")}, noise=0.05)
+    quiet = windows({name: seconds for name, seconds in times.items() if not name.startswith("off")}, noise=1e-4)
+    means = runner.mean_step([*noisy, *quiet], times)
+    floors = runner.noise_floors(means, times)
+    assert floors["off"] == floors["a"] == floors["a+b"]
+    assert floors["a+b+c"] < floors["off"] / 10
+    rows = runner.rung_rows([*noisy, *quiet], RUNGS, requests=1, gates=GREEN)
+    assert [row["noise_floor"] for row in rows] == [floors[name] for name in GREEN]
+    with pytest.raises(ValueError, match="expected a second run of at least one"):
+        runner.noise_floors({"off": [1.0] * 10}, ["off"])
 
 
 def windows(times: Mapping[str, float], rounds: int = 30, steps: int = 16, noise: float = 0.002) -> list[Window]:

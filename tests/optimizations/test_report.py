@@ -17,6 +17,7 @@ from dsv4ref.optimizations import catalogue, chapter
 from dsv4ref.optimizations.decode_model import MEASURED_MODULES
 from dsv4ref.optimizations.measure import RedGateError, measure, measure_host_case
 from dsv4ref.optimizations.report import report_rows
+from dsv4ref.show import tables
 
 BASELINE = Record(
     chapter="decode_launch_shape",
@@ -229,3 +230,18 @@ def test_nothing_is_measured_behind_a_red_gate(tmp_path: Path) -> None:
     with pytest.raises(RedGateError, match="output_passthrough/tiny: out: "):
         next(measure(red, tmp_path, seed=0))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ladders_rows_carry_rates_and_no_others_do() -> None:
+    chapter = catalogue.get("attribution_ladder")
+    lines = [
+        replace(line, chapter=chapter.id, case="h200-short", method="host clock") for line in (BASELINE, OPTIMIZED)
+    ]
+    (row,) = report_rows(lines)
+    assert row["tok_s"] == pytest.approx([32 / 100e-6, 32 / 50e-6])
+    assert row["tpot_ms"] == pytest.approx([0.1, 0.05])
+    headings = [column.heading for column in tables.scoreboard_columns([row])]
+    assert "output tok/s" in headings
+    (other,) = report_rows([BASELINE, OPTIMIZED])
+    assert "tok_s" not in other
+    assert "output tok/s" not in [column.heading for column in tables.scoreboard_columns([other])]
