@@ -188,7 +188,7 @@ def _steps(
     k = tl.arange(0, 128)
     y = tl.zeros((PART, BLOCK_M), dtype=tl.float32)
     z = tl.zeros((PART, BLOCK_M), dtype=tl.float32)
-    for step in range(0, K // 128):
+    for step in range(K // 128):
         a = tl.load(x_rows + step * 128 + k[:, None], mask=live[None, :], other=0.0)  # [K, M]
         w = _load_step(words, scale_words, first_rows, inside, step, N, PART, COLUMNS % SIZE != 0, PTX)
         if PARTS == 2:
