@@ -42,11 +42,15 @@ from dsv4ref.kernels.experts.dispatch import DispatchPlan
 from dsv4ref.kernels.experts.mxfp4 import STEP, Layout, Mxfp4Weights, _decode_step, _decode_tile
 from dsv4ref.kernels.experts.tiles import XCDS, ExpertTile, _xcd_position, select_tile
 
-__all__ = ["GROUP_TILES", "grouped_constants", "grouped_gemm"]
+__all__ = ["GROUP_TILES", "HALVED_ROWS", "grouped_constants", "grouped_gemm"]
 
 GROUP_TILES = 8
 """Tiles that one block of output columns walks before the next block starts: their weights, and the rows of the
 tiles, are read again while they are still in the L2."""
+
+HALVED_ROWS = 128
+"""Rows of a tile from which on an expert's last tile is multiplied at half that height where its rows fit, with weights
+in the layout ``wgmma``. Below, the weights are the work, and half the rows would save little of it."""
 
 
 @triton.jit
@@ -109,7 +113,8 @@ def _grouped_kernel(
     x, packed, scales, out, gather, offsets, tile_expert, tile_first, tiles, limit, x_stride, out_stride,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr, XCDS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr,
+    PIECES: tl.constexpr, XCDS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """One tile of positions by one block of output columns; PARTS is 0 for weights in the layout of checkpoints."""
     SIZE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # columns of the output per program
@@ -123,33 +128,62 @@ def _grouped_kernel(
     column = program % (GROUP * BLOCKS) // in_group * SIZE
     expert = tl.load(tile_expert + tile)
     if expert >= 0:
-        positions = tl.load(tile_first + tile) + tl.arange(0, BLOCK_M)
-        live = positions < tl.load(offsets + expert + 1)
-        slots = positions
-        if GATHER or SCATTER:
-            slots = tl.load(gather + positions, mask=live, other=0)
-        sources = slots // TOP_K if GATHER else positions
-        x_rows = x + sources.to(tl.int64)[None, :] * x_stride
-        rows = slots if SCATTER else positions
-        if PARTS:
-            _steps(
-                x_rows, packed, scales, out, rows, live, expert, column, limit, out_stride, N, K, GATED, CLAMP, BLOCK_M,
-                BLOCK_N, PIECES, PARTS, PTX,
-            )  # fmt: skip
+        first = tl.load(tile_first + tile)
+        end = tl.load(offsets + expert + 1)
+        if HALVES:
+            if end - first > BLOCK_M // 2:
+                _tile(
+                    x, packed, scales, out, gather, first, end, expert, column, limit, x_stride, out_stride, N, K,
+                    TOP_K, GATHER, SCATTER, GATED, CLAMP, BLOCK_M, BLOCK_N, BLOCK_K, PIECES, PARTS, PTX,
+                )  # fmt: skip
+            else:
+                _tile(
+                    x, packed, scales, out, gather, first, end, expert, column, limit, x_stride, out_stride, N, K,
+                    TOP_K, GATHER, SCATTER, GATED, CLAMP, BLOCK_M // 2, BLOCK_N, BLOCK_K, PIECES, PARTS, PTX,
+                )  # fmt: skip
         else:
-            _pairs(
-                x_rows, packed, scales, out, rows, live, expert, column, limit, out_stride, N, K, GATED, CLAMP, BLOCK_M,
-                BLOCK_K, SIZE, PIECES,
+            _tile(
+                x, packed, scales, out, gather, first, end, expert, column, limit, x_stride, out_stride, N, K,
+                TOP_K, GATHER, SCATTER, GATED, CLAMP, BLOCK_M, BLOCK_N, BLOCK_K, PIECES, PARTS, PTX,
             )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    x, packed, scales, out, gather, first, end, expert, column, limit, x_stride, out_stride, N: tl.constexpr,
+    K: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr,
+    CLAMP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
+    PARTS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M positions from ``first``, those before ``end``."""
+    positions = first + tl.arange(0, BLOCK_M)
+    live = positions < end
+    slots = positions
+    if GATHER or SCATTER:
+        slots = tl.load(gather + positions, mask=live, other=0)
+    sources = slots // TOP_K if GATHER else positions
+    x_rows = x + sources.to(tl.int64)[None, :] * x_stride
+    rows = slots if SCATTER else positions
+    if PARTS:
+        _steps(
+            x_rows, packed, scales, out, rows, live, expert, column, limit, out_stride, N, K, GATED, CLAMP, BLOCK_M,
+            BLOCK_N, PIECES, PARTS, PTX,
+        )  # fmt: skip
+    else:
+        _pairs(
+            x_rows, packed, scales, out, rows, live, expert, column, limit, out_stride, N, K, GATED, CLAMP, BLOCK_M,
+            BLOCK_N, BLOCK_K, PIECES,
+        )  # fmt: skip
 
 
 @triton.jit
 def _pairs(
     x_rows, packed, scales, out, rows, live, expert, column, limit, out_stride, N: tl.constexpr, K: tl.constexpr,
-    GATED: tl.constexpr, CLAMP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SIZE: tl.constexpr,
+    GATED: tl.constexpr, CLAMP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PIECES: tl.constexpr,
 ):  # fmt: skip
     """A tile with weights in the layout ``checkpoint``: gate and up are two products."""
+    SIZE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # columns of the output per program
     COLUMNS: tl.constexpr = N // 2 if GATED else N
     matrix = expert * N  # first row of the expert's matrix among all
     k = tl.arange(0, BLOCK_K)
@@ -348,5 +382,6 @@ def grouped_constants(
         "XCDS": XCDS.get(arch, 1),
         "GROUP": GROUP_TILES,
         "PARTS": parts,
+        "HALVES": parts > 0 and tile.block_m >= HALVED_ROWS,
         "PTX": arch == "sm_90",
     }
