@@ -137,11 +137,10 @@ def layer(
     if form == "separate":
         raise ValueError("form: got 'separate', expected 'products' or 'owned'")
     (w1, w2), (w1_tile, w2_tile) = inputs.prepared, tiles_of(inputs)
-    if form == "owned":  # it decodes the checkpoint's layout, and has a tile of its own
-        w2, w2_tile = inputs.w2, None
+    owned = form == "owned"  # which decodes the checkpoint's layout, and has a tile of its own
     return expert_layer(
-        inputs.x, w1, w2, inputs.weights if weights is None else weights, plan, limit=limit, form=form,
-        w1_tile=w1_tile, w2_tile=w2_tile, scratch=scratch, out=out,
+        inputs.x, w1, inputs.w2 if owned else w2, inputs.weights if weights is None else weights, plan, limit=limit,
+        form=form, w1_tile=w1_tile, w2_tile=None if owned else w2_tile, scratch=scratch, out=out,
     )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def _stacked(model: Model, layer: int, names: tuple[str, ...], device: torch.dev
         torch.stack([torch.cat([tensor.view(torch.uint8) for tensor in tensors]) for tensors in experts])
         for experts in stored
     ]
-    matrices = Mxfp4Weights(*(part.to(device) for part in stacks)).prepared(architecture(torch.device(device)))
-    stack = _Stack(matrices, sources)
+    packed, scales = (part.to(device) for part in stacks)
+    stack = _Stack(Mxfp4Weights(packed, scales).prepared(architecture(torch.device(device))), sources)
     _STACKS[key] = stack
     return stack

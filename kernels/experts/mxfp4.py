@@ -131,8 +131,10 @@ class Mxfp4Weights:
         places = _pair_places().to(packed.device)
         for source, target in zip(self.packed, packed, strict=True):
             pairs = source.view(rows, steps, 4, 4, 4).permute(1, 0, 4, 2, 3).to(torch.int64)  # [step, N, t, g, p]
-            words = sum(places[p][pairs[..., p]] for p in range(4))
-            target.copy_(words.flatten(2).contiguous().view(torch.uint8))
+            words = torch.zeros(pairs.shape[:-1], dtype=torch.int32, device=pairs.device)
+            for p in range(4):
+                words |= places[p][pairs[..., p]]
+            target.copy_(words.flatten(2).view(torch.uint8))
         scales = self.scales.view(experts, rows, steps, 4).transpose(1, 2).contiguous()
         return Mxfp4Weights(packed, scales, "wgmma")
 
