@@ -403,7 +403,7 @@ def _flash(rows: int, ranks: int, **flags: Any) -> Case:
 _CASES = (
     _case("tiny", 48, 4, ranks=2, tiny=True, about="24 rows per expert, half of the experts here"),
     _case("tiny-few", 3, 8, tiny=True, about="fewer rows than experts"),
-    _case("tiny-16", 32, 4, tiny=True, about="exactly 16 rows per expert: the line's last"),
+    _case("tiny-16", 32, 4, tiny=True, about="exactly 16 rows per expert: the last of AMD's line"),
     _case("tiny-64", 75, 3, tiny=True, about="50 rows per expert"),
     _case("tiny-tall", 70, 1, top_k=1, tiny=True, about="one expert with 70 rows"),
     _case("tiny-skewed", 48, 4, skew=3.0, tiny=True, about="most rows on one expert"),

@@ -48,9 +48,9 @@ GROUP_TILES = 8
 """Tiles that one block of output columns walks before the next block starts: their weights, and the rows of the
 tiles, are read again while they are still in the L2."""
 
-HALVED_ROWS = 128
+HALVED_ROWS = 32
 """Rows of a tile from which on an expert's last tile is multiplied at half that height where its rows fit, with weights
-in the layout ``wgmma``. Below, the weights are the work, and half the rows would save little of it."""
+in the layout ``wgmma``: 16 is the least that there is."""
 
 
 @triton.jit

@@ -162,11 +162,13 @@ _CDNA = (
 
 _HOPPER = (
     TileRule(ExpertTile(16, 64, 128, 4, 5), "a token or two: narrow tiles, for more programs than SMs", upto=_FEW),
-    TileRule(ExpertTile(16, 128, 128, 4, 3), "the weights are the traffic, and 16 rows pad least", above=_FEW, upto=16),
-    TileRule(ExpertTile(32, 128, 128, 4, 3), "weights decoded once for 32 rows, not twice", above=16, upto=32),
-    TileRule(ExpertTile(64, 128, 128, 4, 3), "weights decoded once for 64 rows, not twice", above=32, upto=64),
-    TileRule(ExpertTile(128, 128, 128, 4, 3), "once per 128 rows; two programs of 4 warps fit an SM", above=64),
+    TileRule(ExpertTile(16, 128, 128, 4, 3), "the weights are the traffic, and 16 rows pad least", above=_FEW, upto=12),
+    TileRule(ExpertTile(32, 128, 128, 4, 3), "above 16 rows one decoding of the weights, not two", above=12, upto=28),
+    TileRule(ExpertTile(64, 128, 128, 4, 3), "above 32 rows one decoding of the weights, not two", above=28, upto=48),
+    TileRule(ExpertTile(128, 128, 128, 4, 3), "one decoding per 128 rows; two programs fit an SM", above=48),
 )
+"""Bounds lie below the tiles' heights: loads scatter about their average, and a taller tile halves itself for an expert
+with few rows (`dsv4ref.kernels.experts.grouped_gemm.HALVED_ROWS`)."""
 
 SELECTION: Mapping[str, tuple[TileRule, ...]] = {"gfx942": _CDNA, "gfx950": _CDNA, "sm_90": _HOPPER, "cpu": _CDNA}
 """Lines by architecture; the interpreter ("cpu") exercises the AMD tiles. sm_90's are for weights in the layout

@@ -109,16 +109,20 @@ def test_either_layout_gives_the_same_products(tile: ExpertTile, rng: torch.Gene
             torch.testing.assert_close(found[1].float(), found[0].float(), rtol=2**-7, atol=2**-7)
 
 
-def test_an_experts_last_tile_at_half_its_height_gives_the_same_products(rng: torch.Generator, device: str) -> None:
-    """64, 65, 128 and 131 rows: the half is full, overfull, not for a whole tile, and for what is left behind one."""
-    experts = torch.arange(4, dtype=torch.int32).repeat_interleave(torch.tensor([64, 65, 128, 131]))[:, None].to(device)
-    weights = quantised(4, 64, 128, rng, device)
-    x = torch.randn((388, 128), generator=rng).to(device, torch.bfloat16)
+@pytest.mark.parametrize("height", [32, 128])
+def test_an_experts_last_tile_at_half_its_height_gives_the_same_products(
+    height: int, rng: torch.Generator, device: str
+) -> None:
+    """The half is full, overfull, not for a whole tile, and for the three rows that are left behind one."""
+    counts = torch.tensor([height // 2, height // 2 + 1, height, height + 3])
+    experts = torch.arange(4, dtype=torch.int32).repeat_interleave(counts)[:, None].to(device)
+    weights, rows = quantised(4, 64, 128, rng, device), int(counts.sum())
+    x = torch.randn((rows, 128), generator=rng).to(device, torch.bfloat16)
     found = []
     for matrices in (weights, weights.prepared("sm_90")):
-        plan = plan_dispatch(experts, 4, block_m=128)
-        out = torch.full((388, 32), 7.0, dtype=torch.bfloat16, device=device)
-        tile = ExpertTile(128, 64, 128, 4)
+        plan = plan_dispatch(experts, 4, block_m=height)
+        out = torch.full((rows, 32), 7.0, dtype=torch.bfloat16, device=device)
+        tile = ExpertTile(height, 64, 128, 4)
         found.append(grouped_gemm(x, matrices, plan, gather=True, gated=True, tile=tile, out=out).cpu().float())
     torch.testing.assert_close(found[1], found[0], rtol=2**-7, atol=2**-7)
 
