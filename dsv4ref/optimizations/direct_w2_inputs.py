@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from dsv4ref.config import V4_FLASH
 from dsv4ref.formats import mxfp4
+from dsv4ref.kernels.codes import architecture
 from dsv4ref.kernels.experts import ExpertMap, Mxfp4Weights
 from dsv4ref.optimizations.base import Case
 from dsv4ref.ref.experts import clamped_swiglu_ref
@@ -34,8 +35,8 @@ class LayerInputs:
 
     Args:
         x: bf16 ``[M, D]``.
-        w1: ``[E_local, 2 I, D]``, the gate's rows, then up's.
-        w2: ``[E_local, D, I]``.
+        w1: ``[E_local, 2 I, D]``, the gate's rows, then up's, in the layout of checkpoints.
+        w2: ``[E_local, D, I]``, likewise.
         experts: int32 ``[M, k]`` global ids; -1 for a slot of nobody.
         weights: fp32 ``[M, k]``; NaN where the slot is nobody's.
         placed: this rank's experts.
@@ -61,6 +62,12 @@ class LayerInputs:
     def exact(self) -> Tensor:
         """`reference` of these inputs, worked out once: every output of a gate is in units of its rows."""
         return reference(self)
+
+    @functools.cached_property
+    def prepared(self) -> tuple[Mxfp4Weights, Mxfp4Weights]:
+        """W1 and W2 as a server holds them: in the layout that this device's kernels decode fastest, made once."""
+        arch = architecture(self.x.device)
+        return self.w1.prepared(arch), self.w2.prepared(arch)
 
     @property
     def row_size(self) -> Tensor:

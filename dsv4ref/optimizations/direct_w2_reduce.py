@@ -105,12 +105,12 @@ def separate_layer(
         to_tokens, to_experts: indices of the two gathers; the plan's scatter and gather if None.
         out: bf16 ``[M, D]``; allocated if None.
     """
-    w1_tile, w2_tile = tiles_of(inputs)
-    grouped_gemm(inputs.x, inputs.w1, plan, gather=True, tile=w1_tile, out=memory.sorted_gate_up)
+    (w1, w2), (w1_tile, w2_tile) = inputs.prepared, tiles_of(inputs)
+    grouped_gemm(inputs.x, w1, plan, gather=True, tile=w1_tile, out=memory.sorted_gate_up)
     gather_rows(memory.sorted_gate_up, plan.scatter if to_tokens is None else to_tokens, out=memory.token_gate_up)
     activate_rows(memory.token_gate_up, inputs.limit, out=memory.token_hidden)
     gather_rows(memory.token_hidden, plan.gather if to_experts is None else to_experts, out=memory.sorted_hidden)
-    grouped_gemm(memory.sorted_hidden, inputs.w2, plan, scatter=True, tile=w2_tile, out=memory.products)
+    grouped_gemm(memory.sorted_hidden, w2, plan, scatter=True, tile=w2_tile, out=memory.products)
     return sum_slots(memory.products, inputs.weights, plan, out=out)
 
 
@@ -136,10 +136,11 @@ def layer(
     """
     if form == "separate":
         raise ValueError("form: got 'separate', expected 'products' or 'owned'")
-    w1_tile, w2_tile = tiles_of(inputs)
+    (w1, w2), (w1_tile, w2_tile) = inputs.prepared, tiles_of(inputs)
+    owned = form == "owned"  # which decodes the checkpoint's layout, and has a tile of its own
     return expert_layer(
-        inputs.x, inputs.w1, inputs.w2, inputs.weights if weights is None else weights, plan, limit=limit, form=form,
-        w1_tile=w1_tile, w2_tile=w2_tile if form == "products" else None, scratch=scratch, out=out,
+        inputs.x, w1, inputs.w2 if owned else w2, inputs.weights if weights is None else weights, plan, limit=limit,
+        form=form, w1_tile=w1_tile, w2_tile=None if owned else w2_tile, scratch=scratch, out=out,
     )  # fmt: skip
 
 
@@ -216,16 +217,16 @@ def _timed(inputs: LayerInputs) -> Mapping[str, Callable[[], object]]:
     scratch = allocate_scratch(rows, top_k, inputs.w2.k, inputs.w2.n, device=inputs.x.device)
     assert scratch.products is not None
     products, out = scratch.products, torch.empty_like(inputs.x)
-    w1_tile, w2_tile = tiles_of(inputs)
+    (w1, w2), (w1_tile, w2_tile) = inputs.prepared, tiles_of(inputs)
     layer(inputs, plan, scratch=scratch, out=out)  # the single launches below start from real rows
     limit, hidden = inputs.limit, scratch.hidden
     found: dict[str, Callable[[], object]] = {
         "baseline": lambda: separate_layer(inputs, plan, memory, out=out),
         "optimized": lambda: layer(inputs, plan, scratch=scratch, out=out),
         "W1 with activation": lambda: grouped_gemm(
-            inputs.x, inputs.w1, plan, gather=True, gated=True, limit=limit, tile=w1_tile, out=hidden
+            inputs.x, w1, plan, gather=True, gated=True, limit=limit, tile=w1_tile, out=hidden
         ),
-        "W2 by slot": lambda: grouped_gemm(hidden, inputs.w2, plan, scatter=True, tile=w2_tile, out=products),
+        "W2 by slot": lambda: grouped_gemm(hidden, w2, plan, scatter=True, tile=w2_tile, out=products),
         "weighted sum": lambda: sum_slots(products, inputs.weights, plan, out=out),
     }  # fmt: skip
     if rows <= _OWNED_ROWS:
@@ -272,9 +273,9 @@ def _with_out(change: Callable[[LayerInputs, DispatchPlan], Tensor]) -> Callable
 
 def _products(inputs: LayerInputs, plan: DispatchPlan) -> Tensor:
     """W2's rows by slot in fp32; those of slots that are not local hold what the memory held."""
-    w1_tile, w2_tile = tiles_of(inputs)
-    hidden = grouped_gemm(inputs.x, inputs.w1, plan, gather=True, gated=True, limit=inputs.limit, tile=w1_tile)
-    return grouped_gemm(hidden, inputs.w2, plan, scatter=True, tile=w2_tile).float()
+    (w1, w2), (w1_tile, w2_tile) = inputs.prepared, tiles_of(inputs)
+    hidden = grouped_gemm(inputs.x, w1, plan, gather=True, gated=True, limit=inputs.limit, tile=w1_tile)
+    return grouped_gemm(hidden, w2, plan, scatter=True, tile=w2_tile).float()
 
 
 def _unwritten_slots(inputs: LayerInputs, plan: DispatchPlan) -> Tensor:
@@ -310,11 +311,9 @@ def _weight_before_activation(inputs: LayerInputs, plan: DispatchPlan) -> Tensor
     tokens, top_k = inputs.experts.shape
     scaled = (inputs.x[:, None] * inputs.weights[..., None]).to(torch.bfloat16).flatten(0, 1)
     single = plan_dispatch(inputs.experts.reshape(-1, 1), expert_map=inputs.placed, block_m=plan.block_m)
-    w1_tile, w2_tile = tiles_of(inputs)
+    (w1, w2), (w1_tile, w2_tile) = inputs.prepared, tiles_of(inputs)
     ones = torch.ones((tokens * top_k, 1), device=inputs.x.device)
-    rows = expert_layer(
-        scaled, inputs.w1, inputs.w2, ones, single, limit=inputs.limit, w1_tile=w1_tile, w2_tile=w2_tile
-    )
+    rows = expert_layer(scaled, w1, w2, ones, single, limit=inputs.limit, w1_tile=w1_tile, w2_tile=w2_tile)
     return rows.float().unflatten(0, (tokens, top_k)).sum(dim=1).to(torch.bfloat16)
 
 

@@ -108,11 +108,9 @@ def _plan(inputs: LayerInputs, block_m: int) -> DispatchPlan:
 
 
 def _run(inputs: LayerInputs, tiles: Tiles, plan: DispatchPlan | None = None) -> Outputs:
-    w1_tile, w2_tile = tiles
+    (w1, w2), (w1_tile, w2_tile) = inputs.prepared, tiles
     plan = _plan(inputs, w1_tile.block_m) if plan is None else plan
-    out = expert_layer(
-        inputs.x, inputs.w1, inputs.w2, inputs.weights, plan, limit=inputs.limit, w1_tile=w1_tile, w2_tile=w2_tile
-    )
+    out = expert_layer(inputs.x, w1, w2, inputs.weights, plan, limit=inputs.limit, w1_tile=w1_tile, w2_tile=w2_tile)
     return {"out": in_row_units(inputs, out), "tile": _numbers(tiles)}
 
 
@@ -152,7 +150,7 @@ def _timed(inputs: LayerInputs) -> Mapping[str, Callable[[], object]]:
         block_m = tiles[0].block_m
         plan = plans.setdefault(block_m, _plan(inputs, block_m))
         return lambda: expert_layer(
-            inputs.x, inputs.w1, inputs.w2, inputs.weights, plan, limit=inputs.limit, w1_tile=tiles[0],
+            inputs.x, *inputs.prepared, inputs.weights, plan, limit=inputs.limit, w1_tile=tiles[0],
             w2_tile=tiles[1], scratch=scratch, out=out,
         )  # fmt: skip
 
@@ -405,7 +403,7 @@ def _flash(rows: int, ranks: int, **flags: Any) -> Case:
 _CASES = (
     _case("tiny", 48, 4, ranks=2, tiny=True, about="24 rows per expert, half of the experts here"),
     _case("tiny-few", 3, 8, tiny=True, about="fewer rows than experts"),
-    _case("tiny-16", 32, 4, tiny=True, about="exactly 16 rows per expert: the line's last"),
+    _case("tiny-16", 32, 4, tiny=True, about="exactly 16 rows per expert: the last of AMD's line"),
     _case("tiny-64", 75, 3, tiny=True, about="50 rows per expert"),
     _case("tiny-tall", 70, 1, top_k=1, tiny=True, about="one expert with 70 rows"),
     _case("tiny-skewed", 48, 4, skew=3.0, tiny=True, about="most rows on one expert"),

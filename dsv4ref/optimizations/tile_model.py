@@ -206,9 +206,9 @@ def layer_time_us(
 
 
 def candidates(arch: str) -> tuple[ExpertTile, ...]:
-    """The tiles that an architecture's table can choose, and the default, by rows and columns."""
+    """The tiles that an architecture's table can choose, and the default, by rows, columns and warps."""
     tiles = {rule.tile for rule in rules_for(arch)} | {default_tile(arch)}
-    return tuple(sorted(tiles, key=lambda tile: (tile.block_m, tile.block_n)))
+    return tuple(sorted(tiles, key=lambda tile: (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)))
 
 
 def best_tile(histogram: Tensor | Sequence[int], hidden: int, intermediate: int, spec: DeviceSpec) -> ExpertTile:

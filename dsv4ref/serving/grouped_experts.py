@@ -99,6 +99,7 @@ def _stacked(model: Model, layer: int, names: tuple[str, ...], device: torch.dev
         torch.stack([torch.cat([tensor.view(torch.uint8) for tensor in tensors]) for tensors in experts])
         for experts in stored
     ]
-    stack = _Stack(Mxfp4Weights(*(part.to(device) for part in stacks)), sources)
+    packed, scales = (part.to(device) for part in stacks)
+    stack = _Stack(Mxfp4Weights(packed, scales).prepared(architecture(torch.device(device))), sources)
     _STACKS[key] = stack
     return stack

@@ -195,7 +195,7 @@ def owned_w2(
 
     Args:
         hidden: bf16 ``[M * k, I]`` by sorted position; rows behind the last local slot are not read.
-        w2: ``[E, D, I]``.
+        w2: ``[E, D, I]`` in the layout of checkpoints.
         route_weights: fp32 ``[M, k]`` contiguous.
         plan: of this batch, any block_m.
         out: bf16 ``[M, D]``, rows may be strided; allocated if None. Every row is written.
@@ -209,6 +209,8 @@ def owned_w2(
     tokens, top_k = _check_weights(route_weights, plan)
     if not isinstance(w2, Mxfp4Weights):
         raise TypeError(f"w2: got {type(w2).__name__}, expected a Mxfp4Weights")
+    if w2.layout != "checkpoint":
+        raise ValueError(f"w2: got the layout {w2.layout!r}, expected 'checkpoint'")
     if plan.histogram.shape[0] != w2.num_experts:
         raise ValueError(f"plan: made for {plan.histogram.shape[0]} experts, expected {w2.num_experts}")
     where = route_weights.device
@@ -263,7 +265,7 @@ def expert_layer(
     Args:
         x: bf16 ``[M, D]``, rows may be strided.
         w1: ``[E, 2 I, D]``, the gate's rows, then up's.
-        w2: ``[E, D, I]``.
+        w2: ``[E, D, I]``; in the layout of checkpoints with the form ``owned``.
         route_weights: fp32 ``[M, k]`` contiguous; those of slots that are not local are not read.
         plan: of this batch; its block_m is the tiles'.
         limit: of the activation's clamp; None for no clamp.

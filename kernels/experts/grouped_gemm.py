@@ -17,6 +17,12 @@ The activation is fused because its operands are in the accumulators: a program 
 the same block_n / 2 up rows. Gate and up are not rounded to bf16 on the way, as `clamped_swiglu_ref` has it with
 unrounded inputs.
 
+Weights in the layout ``wgmma`` (`dsv4ref.kernels.experts.mxfp4`) take a path of their own. Eight gate rows and the same
+eight up rows follow each other in one left operand: of 16 rows a thread's accumulators hold rows r and r + 8, so gate
+and up of a column meet in one thread, and a GEMM with the activation issues the instructions of one without. A block of
+more rows than one instruction per warp takes is multiplied in two parts, because the compiler keeps a decoded operand
+in registers only for 16 rows to a warp; else it goes through shared memory.
+
 Rows of slots that are not local are neither read nor written: with ``scatter`` they keep what was there (H12).
 Whoever reads the result has to leave them out, as `dsv4ref.kernels.experts.expert_layer` does.
 
@@ -33,14 +39,18 @@ from torch import Tensor
 from dsv4ref.kernels import checks
 from dsv4ref.kernels.codes import architecture
 from dsv4ref.kernels.experts.dispatch import DispatchPlan
-from dsv4ref.kernels.experts.mxfp4 import Mxfp4Weights, _decode_tile
+from dsv4ref.kernels.experts.mxfp4 import STEP, Layout, Mxfp4Weights, _decode_step, _decode_tile
 from dsv4ref.kernels.experts.tiles import XCDS, ExpertTile, _xcd_position, select_tile
 
-__all__ = ["GROUP_TILES", "grouped_constants", "grouped_gemm"]
+__all__ = ["GROUP_TILES", "HALVED_ROWS", "grouped_constants", "grouped_gemm"]
 
 GROUP_TILES = 8
 """Tiles that one block of output columns walks before the next block starts: their weights, and the rows of the
 tiles, are read again while they are still in the L2."""
+
+HALVED_ROWS = 32
+"""Rows of a tile from which on an expert's last tile is multiplied at half that height where its rows fit, with weights
+in the layout ``wgmma``: 16 is the least that there is."""
 
 
 @triton.jit
@@ -58,6 +68,21 @@ def _load_weights(packed, scales, row, rows_left, first, K: tl.constexpr, BLOCK_
     codes = tl.load(packed + rows * (K // 2) + first // 2 + pairs[None, :], mask=inside_pairs, other=0)
     scale = tl.load(scales + rows * (K // 32) + first // 32 + groups[None, :], mask=inside_groups, other=0)
     return _decode_tile(codes, scale, BLOCK_N, BLOCK_K)
+
+
+@triton.jit
+def _load_step(words, scale_words, rows, inside, step, N: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr,
+               PTX: tl.constexpr):  # fmt: skip
+    """Rows int64 ``[PART]`` of one step of 128 columns, decoded: weights in the layout ``wgmma``."""
+    at = (rows + step * N)[:, None]
+    word = tl.arange(0, 16)[None, :]
+    if MASKED:
+        codes = tl.load(words + at * 16 + word, mask=inside[:, None], other=0)
+        scales = tl.load(scale_words + at, mask=inside[:, None], other=0)
+    else:
+        codes = tl.load(words + at * 16 + word)
+        scales = tl.load(scale_words + at)
+    return _decode_step(codes, scales, PART, PTX)
 
 
 @triton.jit
@@ -88,9 +113,10 @@ def _grouped_kernel(
     x, packed, scales, out, gather, offsets, tile_expert, tile_first, tiles, limit, x_stride, out_stride,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     GATED: tl.constexpr, CLAMP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr, XCDS: tl.constexpr, GROUP: tl.constexpr,
+    PIECES: tl.constexpr, XCDS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """One tile of positions by one block of output columns."""
+    """One tile of positions by one block of output columns; PARTS is 0 for weights in the layout of checkpoints."""
     SIZE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # columns of the output per program
     COLUMNS: tl.constexpr = N // 2 if GATED else N
     BLOCKS: tl.constexpr = (COLUMNS + SIZE - 1) // SIZE
@@ -102,30 +128,127 @@ def _grouped_kernel(
     column = program % (GROUP * BLOCKS) // in_group * SIZE
     expert = tl.load(tile_expert + tile)
     if expert >= 0:
-        positions = tl.load(tile_first + tile) + tl.arange(0, BLOCK_M)
-        live = positions < tl.load(offsets + expert + 1)
-        slots = positions
-        if GATHER or SCATTER:
-            slots = tl.load(gather + positions, mask=live, other=0)
-        sources = slots // TOP_K if GATHER else positions
-        x_rows = x + sources.to(tl.int64)[None, :] * x_stride
-        matrix = expert * N  # first row of the expert's matrix among all
-        k = tl.arange(0, BLOCK_K)
-        y = tl.zeros((SIZE, BLOCK_M), dtype=tl.float32)
-        up = tl.zeros((SIZE, BLOCK_M), dtype=tl.float32)
-        for first in range(0, K, BLOCK_K):
-            inside = live[None, :]
-            if K % BLOCK_K:
-                inside = inside & (k < K - first)[:, None]
-            a = tl.load(x_rows + first + k[:, None], mask=inside, other=0.0)  # [K, M]
-            left = COLUMNS - column
-            y = tl.dot(_load_weights(packed, scales, matrix + column, left, first, K, SIZE, BLOCK_K), a, y)
-            if GATED:
-                w = _load_weights(packed, scales, matrix + COLUMNS + column, left, first, K, SIZE, BLOCK_K)
-                up = tl.dot(w, a, up)
+        first = tl.load(tile_first + tile)
+        end = tl.load(offsets + expert + 1)
+        if HALVES:
+            if end - first > BLOCK_M // 2:
+                _tile(
+                    x, packed, scales, out, gather, first, end, expert, column, limit, x_stride, out_stride, N, K,
+                    TOP_K, GATHER, SCATTER, GATED, CLAMP, BLOCK_M, BLOCK_N, BLOCK_K, PIECES, PARTS, PTX,
+                )  # fmt: skip
+            else:
+                _tile(
+                    x, packed, scales, out, gather, first, end, expert, column, limit, x_stride, out_stride, N, K,
+                    TOP_K, GATHER, SCATTER, GATED, CLAMP, BLOCK_M // 2, BLOCK_N, BLOCK_K, PIECES, PARTS, PTX,
+                )  # fmt: skip
+        else:
+            _tile(
+                x, packed, scales, out, gather, first, end, expert, column, limit, x_stride, out_stride, N, K,
+                TOP_K, GATHER, SCATTER, GATED, CLAMP, BLOCK_M, BLOCK_N, BLOCK_K, PIECES, PARTS, PTX,
+            )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    x, packed, scales, out, gather, first, end, expert, column, limit, x_stride, out_stride, N: tl.constexpr,
+    K: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr,
+    CLAMP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
+    PARTS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M positions from ``first``, those before ``end``."""
+    positions = first + tl.arange(0, BLOCK_M)
+    live = positions < end
+    slots = positions
+    if GATHER or SCATTER:
+        slots = tl.load(gather + positions, mask=live, other=0)
+    sources = slots // TOP_K if GATHER else positions
+    x_rows = x + sources.to(tl.int64)[None, :] * x_stride
+    rows = slots if SCATTER else positions
+    if PARTS:
+        _steps(
+            x_rows, packed, scales, out, rows, live, expert, column, limit, out_stride, N, K, GATED, CLAMP, BLOCK_M,
+            BLOCK_N, PIECES, PARTS, PTX,
+        )  # fmt: skip
+    else:
+        _pairs(
+            x_rows, packed, scales, out, rows, live, expert, column, limit, out_stride, N, K, GATED, CLAMP, BLOCK_M,
+            BLOCK_N, BLOCK_K, PIECES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pairs(
+    x_rows, packed, scales, out, rows, live, expert, column, limit, out_stride, N: tl.constexpr, K: tl.constexpr,
+    GATED: tl.constexpr, CLAMP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    """A tile with weights in the layout ``checkpoint``: gate and up are two products."""
+    SIZE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # columns of the output per program
+    COLUMNS: tl.constexpr = N // 2 if GATED else N
+    matrix = expert * N  # first row of the expert's matrix among all
+    k = tl.arange(0, BLOCK_K)
+    y = tl.zeros((SIZE, BLOCK_M), dtype=tl.float32)
+    up = tl.zeros((SIZE, BLOCK_M), dtype=tl.float32)
+    for first in range(0, K, BLOCK_K):
+        inside = live[None, :]
+        if K % BLOCK_K:
+            inside = inside & (k < K - first)[:, None]
+        a = tl.load(x_rows + first + k[:, None], mask=inside, other=0.0)  # [K, M]
+        left = COLUMNS - column
+        y = tl.dot(_load_weights(packed, scales, matrix + column, left, first, K, SIZE, BLOCK_K), a, y)
         if GATED:
-            y = _clamped_swiglu(y, up, limit, CLAMP)
-        _store(y, out, slots if SCATTER else positions, live, column, COLUMNS, out_stride, SIZE, PIECES)
+            w = _load_weights(packed, scales, matrix + COLUMNS + column, left, first, K, SIZE, BLOCK_K)
+            up = tl.dot(w, a, up)
+    if GATED:
+        y = _clamped_swiglu(y, up, limit, CLAMP)
+    _store(y, out, rows, live, column, COLUMNS, out_stride, SIZE, PIECES)
+
+
+@triton.jit
+def _steps(
+    x_rows, words, scale_words, out, rows, live, expert, column, limit, out_stride, N: tl.constexpr, K: tl.constexpr,
+    GATED: tl.constexpr, CLAMP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
+    PARTS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """A tile with weights in the layout ``wgmma``: one product of PARTS parts, gate and up eight rows by eight."""
+    PART: tl.constexpr = BLOCK_N // PARTS
+    SIZE: tl.constexpr = PART // 2 if GATED else PART  # columns of the output per part
+    COLUMNS: tl.constexpr = N // 2 if GATED else N
+    row = tl.arange(0, PART)
+    n = row // 16 * 8 + row % 8 if GATED else row
+    inside = n < COLUMNS - column
+    matrix = expert.to(tl.int64) * (N * (K // 128)) + column
+    first_rows = matrix + (n + row // 8 % 2 * COLUMNS if GATED else n)
+    k = tl.arange(0, 128)
+    y = tl.zeros((PART, BLOCK_M), dtype=tl.float32)
+    z = tl.zeros((PART, BLOCK_M), dtype=tl.float32)
+    for step in range(K // 128):
+        a = tl.load(x_rows + step * 128 + k[:, None], mask=live[None, :], other=0.0)  # [K, M]
+        w = _load_step(words, scale_words, first_rows, inside, step, N, PART, COLUMNS % SIZE != 0, PTX)
+        if PARTS == 2:
+            more = n < COLUMNS - column - SIZE
+            v = _load_step(words, scale_words, first_rows + SIZE, more, step, N, PART, COLUMNS % (2 * SIZE) != 0, PTX)
+        y = tl.dot(w, a, y)
+        if PARTS == 2:
+            z = tl.dot(v, a, z)
+    _finish(y, out, rows, live, column, limit, out_stride, COLUMNS, GATED, CLAMP, BLOCK_M, PART, PIECES)
+    if PARTS == 2:
+        _finish(z, out, rows, live, column + SIZE, limit, out_stride, COLUMNS, GATED, CLAMP, BLOCK_M, PART, PIECES)
+
+
+@triton.jit
+def _finish(
+    y, out, rows, live, column, limit, out_stride, COLUMNS: tl.constexpr, GATED: tl.constexpr, CLAMP: tl.constexpr,
+    BLOCK_M: tl.constexpr, PART: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Activate and store one part's accumulators."""
+    if GATED:
+        SIZE: tl.constexpr = PART // 2
+        gate, up = tl.split(tl.permute(tl.reshape(y, (PART // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
+        y = tl.reshape(_clamped_swiglu(gate, up, limit, CLAMP), (SIZE, BLOCK_M))
+        _store(y, out, rows, live, column, COLUMNS, out_stride, SIZE, PIECES)
+    else:
+        _store(y, out, rows, live, column, COLUMNS, out_stride, PART, PIECES)
 
 
 def grouped_gemm(
@@ -186,7 +309,9 @@ def grouped_gemm(
         raise ValueError(
             f"plan: made for tiles of {plan.block_m} rows, expected {tile.block_m}, as the tile {tile} has"
         )
-    constants = grouped_constants(weights.n, weights.k, top_k, tile, arch, gather, scatter, gated, limit is not None)
+    constants = grouped_constants(
+        weights.n, weights.k, top_k, tile, arch, gather, scatter, gated, limit is not None, weights.layout
+    )
     if out is None:
         out = torch.empty((slots, columns), dtype=torch.bfloat16, device=x.device)
     else:
@@ -197,8 +322,11 @@ def grouped_gemm(
     tiles = int(plan.tile_expert.shape[0])
     if tiles:
         blocks = -(-columns // (tile.block_n // 2 if gated else tile.block_n))
+        packed, scales = weights.packed, weights.scales
+        if weights.layout == "wgmma":
+            packed, scales = packed.view(torch.int32), scales.view(torch.int32)
         _grouped_kernel[(tiles * blocks,)](
-            x, weights.packed, weights.scales, out, plan.gather, plan.offsets, plan.tile_expert, plan.tile_first, tiles,
+            x, packed, scales, out, plan.gather, plan.offsets, plan.tile_expert, plan.tile_first, tiles,
             0.0 if limit is None else float(limit), x.stride(0), out.stride(0), num_warps=tile.num_warps,
             num_stages=tile.num_stages, **constants,
         )  # fmt: skip
@@ -206,17 +334,39 @@ def grouped_gemm(
 
 
 def grouped_constants(
-    n: int, k: int, top_k: int, tile: ExpertTile, arch: str, gather: bool, scatter: bool, gated: bool, clamp: bool
+    n: int,
+    k: int,
+    top_k: int,
+    tile: ExpertTile,
+    arch: str,
+    gather: bool,
+    scatter: bool,
+    gated: bool,
+    clamp: bool,
+    layout: Layout = "checkpoint",
 ) -> dict[str, int | bool]:
     """What `_grouped_kernel` is compiled for.
 
     Raises:
-        ValueError: a block_n too narrow to split into gate and up, or a subtile that does not divide it.
+        ValueError: a block_n too narrow to split into gate and up, or a subtile that does not divide it; the layout
+            ``wgmma`` on an architecture without it, or with a tile that does not walk in its steps.
     """
     size = tile.block_n // 2 if gated else tile.block_n
     if size < 16:
         raise ValueError(f"tile: got block_n {tile.block_n}, expected at least {32 if gated else 16}")
     subtile = size if tile.subtile_n is None else min(tile.subtile_n, size)
+    parts = 0
+    if layout == "wgmma":
+        if arch not in ("sm_90", "cpu"):
+            raise ValueError(f"weights: in the layout 'wgmma', expected 'checkpoint' on {arch}")
+        if tile.block_k != STEP:
+            raise ValueError(f"tile: got block_k {tile.block_k}, expected {STEP} with the layout 'wgmma'")
+        parts = max(1, tile.block_n // (16 * tile.num_warps))
+        if parts > 2:
+            raise ValueError(
+                f"tile: got block_n {tile.block_n} with {tile.num_warps} warps, expected at most 32 rows to a warp "
+                "with the layout 'wgmma'"
+            )
     return {
         "N": n,
         "K": k,
@@ -228,7 +378,10 @@ def grouped_constants(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
-        "PIECES": size // subtile,
+        "PIECES": max(1, size // max(1, parts) // subtile),
         "XCDS": XCDS.get(arch, 1),
         "GROUP": GROUP_TILES,
+        "PARTS": parts,
+        "HALVES": parts > 0 and tile.block_m >= HALVED_ROWS,
+        "PTX": arch == "sm_90",
     }

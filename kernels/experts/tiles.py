@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import triton
 import triton.language as tl
@@ -100,11 +101,11 @@ class TileRule:
 
     tile: ExpertTile
     reason: str
-    above: int = 0
-    upto: int | None = None
+    above: int | Fraction = 0
+    upto: int | Fraction | None = None
 
     def matches(self, slots: int, experts: int) -> bool:
-        """Whether ``slots / experts`` lies in the interval; integers, so that a bound is exact. Zero is in the first.
+        """Whether ``slots / experts`` lies in the interval; no float, so that a bound is exact. Zero is in the first.
 
         Args:
             slots: rows of all local experts together.
@@ -122,7 +123,7 @@ def check_rules(rules: tuple[TileRule, ...]) -> None:
     """
     if not rules:
         raise ValueError("rules: got an empty table, expected at least one line")
-    end: int | None = 0
+    end: int | Fraction | None = 0
     before = None
     for rule in sorted(rules, key=lambda rule: rule.above):
         if end is None or rule.above < end:
@@ -148,6 +149,9 @@ PUBLISHED = (
 lines give block sizes and ``epilogue_subtile=16``, a *number of pieces* in triton_kernels: 8 columns each. The warp
 count, 8, is that library's default. Below 512 its heuristics stay."""
 
+_FEW = Fraction(1, 16)
+"""Rows per expert of a batch of one or two tokens, when 128 experts or more are local."""
+
 _CDNA = (
     TileRule(ExpertTile(16, 64, 128, 4), "fewer rows than experts: narrow tiles, for more programs than units", upto=1),
     TileRule(ExpertTile(16, 128, 128, 4), "the weights are the traffic, and 16 rows pad least", above=1, upto=16),
@@ -157,15 +161,19 @@ _CDNA = (
 )
 
 _HOPPER = (
-    TileRule(ExpertTile(16, 128, 128, 4, 3), "measured: the fastest of the tiles up to 12 rows per expert", upto=16),
-    TileRule(ExpertTile(32, 128, 128, 4, 3), "measured: the fastest at 24 rows per expert", above=16, upto=32),
-    TileRule(ExpertTile(64, 128, 64, 4, 4), "half of block_k: fewer registers for decoded weights", above=32, upto=64),
-    TileRule(ExpertTile(128, 256, 64, 8, 3), "measured: the fastest at 192 rows per expert", above=64),
+    TileRule(ExpertTile(16, 64, 128, 4, 5), "a token or two: narrow tiles, for more programs than SMs", upto=_FEW),
+    TileRule(ExpertTile(16, 128, 128, 4, 3), "the weights are the traffic, and 16 rows pad least", above=_FEW, upto=12),
+    TileRule(ExpertTile(32, 128, 128, 4, 3), "above 16 rows one decoding of the weights, not two", above=12, upto=28),
+    TileRule(ExpertTile(64, 128, 128, 4, 3), "above 32 rows one decoding of the weights, not two", above=28, upto=48),
+    TileRule(ExpertTile(128, 128, 128, 4, 3), "one decoding per 128 rows; two programs fit an SM", above=48),
 )
+"""Bounds lie below the tiles' heights: loads scatter about their average, and a taller tile halves itself for an expert
+with few rows (`dsv4ref.kernels.experts.grouped_gemm.HALVED_ROWS`)."""
 
 SELECTION: Mapping[str, tuple[TileRule, ...]] = {"gfx942": _CDNA, "gfx950": _CDNA, "sm_90": _HOPPER, "cpu": _CDNA}
-"""Lines by architecture; the interpreter ("cpu") exercises the AMD tiles. sm_90's come from an H200 (chapter 13), where
-the default was slower everywhere; no AMD GPU has run gfx942's and gfx950's."""
+"""Lines by architecture; the interpreter ("cpu") exercises the AMD tiles. sm_90's are for weights in the layout
+``wgmma``: the fastest of some twenty tiles tried by hand on an H200 at 0.02 to 192 rows per expert. The reasons are
+inferences; chapter 13's records time the table's tiles. No AMD GPU has run gfx942's and gfx950's."""
 
 for _rules in SELECTION.values():
     check_rules(_rules)

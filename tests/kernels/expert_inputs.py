@@ -15,7 +15,8 @@ LIMIT = 0.75
 
 def quantised(experts: int, n: int, k: int, rng: torch.Generator, device: str) -> Mxfp4Weights:
     values = torch.randn((experts, n, k), generator=rng) * k**-0.5
-    return Mxfp4Weights(*(t.to(device) for t in mxfp4.quantise(values)))
+    packed, scales = mxfp4.quantise(values)
+    return Mxfp4Weights(packed.to(device), scales.to(device))
 
 
 def matrices(weights: Mxfp4Weights) -> Tensor:

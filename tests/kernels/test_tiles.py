@@ -118,11 +118,12 @@ def test_a_taller_tile_never_comes_for_fewer_rows(arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_edges_are_exact(arch: str) -> None:
     # 128 experts, one choice each: 128 * 16 rows are an average of exactly 16.
-    at = {average: 128 * average for average in (1, 16, 32, 64)}
-    tiles = {a: [select_tile(arch, rows + d, 128, 1, 4096, 4096) for d in (0, 1)] for a, rows in at.items()}
-    narrow = 128 if arch == "sm_90" else 64  # an H200 had no use for narrow tiles
-    assert [(t.block_m, t.block_n) for t in tiles[1]] == [(16, narrow), (16, 128)]
-    assert [[t.block_m for t in tiles[a]] for a in (16, 32, 64)] == [[16, 32], [32, 64], [64, 128]]
+    last = (12, 28, 48) if arch == "sm_90" else (16, 32, 64)
+    tiles = {a: [select_tile(arch, 128 * a + d, 128, 1, 4096, 4096) for d in (0, 1)] for a in last}
+    few = 8 if arch == "sm_90" else 128  # an average of 1 / 16, or of 1
+    edge = [select_tile(arch, few + d, 128, 1, 4096, 4096) for d in (0, 1)]
+    assert [(t.block_m, t.block_n) for t in edge] == [(16, 64), (16, 128)]
+    assert [[t.block_m for t in tiles[a]] for a in last] == [[16, 32], [32, 64], [64, 128]]
 
 
 def test_m_1024_on_half_of_256_experts_is_24_rows_per_expert_and_takes_32() -> None:

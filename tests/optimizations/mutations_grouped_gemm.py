@@ -13,8 +13,8 @@ MUTATIONS = {
     ),
     "an expert's last row is left to nobody": Mutation(
         "kernels/experts/grouped_gemm.py",
-        "        live = positions < tl.load(offsets + expert + 1)\n",
-        "        live = positions + 1 < tl.load(offsets + expert + 1)\n",
+        "        end = tl.load(offsets + expert + 1)\n",
+        "        end = tl.load(offsets + expert + 1) - 1\n",
         cases=("direct_w2_reduce/tiny-one-expert",),
         unaffected=("direct_w2_reduce/tiny-0",),
     ),
