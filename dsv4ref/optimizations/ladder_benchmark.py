@@ -62,7 +62,7 @@ CHAPTER = "attribution_ladder"
 ATTRIBUTIONS = ("ladder", "orders", "shapley")
 """Which sets run: an order's rungs; those, the reverse order's and each switch left out; or all that can be built."""
 
-SELDOM = 2
+SELDOM = 3
 """Sets that are no rung of the first order run in one of so many rounds, as long as that leaves rounds enough."""
 
 OFF = "off"
