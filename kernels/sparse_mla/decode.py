@@ -22,7 +22,7 @@ from dsv4ref import diagnostics, settings
 from dsv4ref.formats.kv_cache import HEAD_DIM
 from dsv4ref.formats.scope import Scope
 from dsv4ref.kernels import checks
-from dsv4ref.kernels.codes import _decode_codes, _decode_scales, architecture, decode_mode
+from dsv4ref.kernels.codes import _decode_scales, _join_keys, architecture, decode_mode
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape, select_launch
 
 __all__ = ["sparse_mla_decode"]
@@ -32,39 +32,97 @@ _LOG2_E = math.log2(math.e)
 # Layout constants as the kernel sees them; equal to those of formats.kv_cache (a test holds that).
 _NOPE = tl.constexpr(448)
 _DIM = tl.constexpr(512)
+_ROPE = tl.constexpr(64)
 _SCALE_BLOCK = tl.constexpr(64)
 _SCALE_SLOTS = tl.constexpr(8)
 _ROW_BYTES = tl.constexpr(576)
 # Running maxima start here and not at -inf, so that a tile without a valid slot gives exp2(0) and not exp2(inf - inf).
 _LOWEST = tl.constexpr(-1.0e30)
+# Rows of a product that one warp group of sm_90 computes together
+_WARP_GROUP_HEADS = tl.constexpr(64)
 
 
 @triton.jit
-def _load_keys(cache, block_stride, slots, valid, BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Dequantised keys bf16 [BLOCK_K, 512]; rows of invalid slots are zero, so QK and PV never see their bytes."""
-    # int64 before the product: block * stride passes 2^31 in caches of a few GB (H26).
-    block = (slots // BLOCK_SIZE).to(tl.int64)
-    position = slots % BLOCK_SIZE
-    rows = block * block_stride + position * _ROW_BYTES  # [BLOCK_K]
-    scales = block * block_stride + BLOCK_SIZE * _ROW_BYTES + position * _SCALE_SLOTS  # [BLOCK_K]
+def _load_keys(
+    cache,
+    block_stride,
+    slots,
+    valid,
+    BLOCK_SIZE: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDE_ROPE: tl.constexpr = False,
+):
+    """Dequantised keys bf16 [BLOCK_K, 512]; rows of invalid slots are zero, so QK and PV never see their bytes.
 
-    dims = tl.arange(0, _DIM)
+    The rope dims are 64 columns repeated in registers: fewer loads and addresses than 512 columns of which 448 are
+    masked. `WIDE_ROPE` loads them as these, in place, which saves the way through shared memory.
+    """
+    # Unsigned: a shift and a mask. int64 before the product: block * stride passes 2^31 in caches of a few GB (H26).
+    unsigned = slots.to(tl.uint32)
+    block = (unsigned // BLOCK_SIZE).to(tl.int64) * block_stride
+    position = (unsigned % BLOCK_SIZE).to(tl.int32)
+    rows = block + position * _ROW_BYTES  # [BLOCK_K]
+    scales = block + (BLOCK_SIZE * _ROW_BYTES + position * _SCALE_SLOTS)  # [BLOCK_K]
+
+    dims = tl.arange(0, _DIM)[None, :]
     is_nope = dims < _NOPE
-    codes = tl.load(cache + rows[:, None] + dims[None, :], mask=valid[:, None] & is_nope[None, :], other=0)
-    nope = _decode_codes(codes, MODE)  # [BLOCK_K, 512]
+    codes = tl.load(cache + rows[:, None] + dims, mask=valid[:, None] & is_nope, other=0)
 
-    groups = tl.arange(0, _SCALE_SLOTS)
-    scaled = groups < _SCALE_SLOTS - 1
-    scale_bytes = tl.load(cache + scales[:, None] + groups[None, :], mask=valid[:, None] & scaled[None, :], other=127)
-    factors = _decode_scales(scale_bytes)  # [BLOCK_K, 8]
-    factors = tl.broadcast_to(factors[:, :, None], (BLOCK_K, _SCALE_SLOTS, _SCALE_BLOCK))
-    factors = tl.reshape(factors, (BLOCK_K, _DIM))
-    nope = (nope.to(tl.float32) * factors.to(tl.float32)).to(tl.bfloat16)  # exact: 4 significant bits times 2^e
+    if MODE == "packed_fn":
+        # A row's eight scale bytes as one word, aligned as blocks and rows are. Each thread shifts out the byte that
+        # its codes share; nothing goes through shared memory. The last byte is padding, and the rope takes no factor.
+        words = tl.load((cache + scales).to(tl.pointer_type(tl.int64)), mask=valid, other=0)
+        factors = _decode_scales(((words[:, None] >> (dims // _SCALE_BLOCK * 8)) & 0xFF).to(tl.uint8))
+    else:
+        groups = tl.arange(0, _SCALE_SLOTS)[None, :]
+        scaled = valid[:, None] & (groups < _SCALE_SLOTS - 1)
+        factors = _decode_scales(tl.load(cache + scales[:, None] + groups, mask=scaled, other=127))  # [BLOCK_K, 8]
+        factors = tl.broadcast_to(factors[:, :, None], (BLOCK_K, _SCALE_SLOTS, _SCALE_BLOCK))
+        factors = tl.reshape(factors, (BLOCK_K, _DIM))
 
     rope_row = (cache + rows + _NOPE).to(tl.pointer_type(tl.bfloat16))
-    rope_dims = tl.where(is_nope, 0, dims - _NOPE)
-    rope = tl.load(rope_row[:, None] + rope_dims[None, :], mask=valid[:, None] & (dims >= _NOPE)[None, :], other=0.0)
-    return tl.where(is_nope[None, :], nope, rope)
+    if WIDE_ROPE:
+        rope = tl.load(rope_row[:, None] + (dims - _NOPE), mask=valid[:, None] & (dims >= _NOPE), other=0.0)
+    else:
+        rope = tl.load(rope_row[:, None] + tl.arange(0, _ROPE)[None, :], mask=valid[:, None], other=0.0)
+        rope = tl.broadcast_to(rope[:, None, :], (BLOCK_K, _DIM // _ROPE, _ROPE))
+        rope = tl.reshape(rope, (BLOCK_K, _DIM))
+    return _join_keys(codes, factors, rope, is_nope, MODE)
+
+
+@triton.jit
+def _weigh_tile(query, row_max, row_sum, keys, valid, scale_log2):
+    """Softmax weights bf16 [BLOCK_H, BLOCK_K] of one tile, what earlier tiles decay by, and (row_max, row_sum)."""
+    # s_k = scale * q . kv_k, in units of log 2
+    scores = tl.dot(query, tl.trans(keys)) * scale_log2  # [BLOCK_H, BLOCK_K]
+    scores = tl.where(valid[None, :], scores, _LOWEST)
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    decay = tl.exp2(row_max - new_max)
+    # The explicit zero matters: in a row without any valid key, scores == new_max and exp2 would give 1.
+    weights = tl.where(valid[None, :], tl.exp2(scores - new_max[:, None]), 0.0)
+    row_sum = row_sum * decay + tl.sum(weights, axis=1)
+    return weights.to(tl.bfloat16), decay, new_max, row_sum
+
+
+@triton.jit
+def _attend_tile(query, accumulator, row_max, row_sum, keys, valid, scale_log2, MODE: tl.constexpr):
+    """One tile of the online softmax, over keys bf16 [BLOCK_K, 512] that are zero where not valid.
+
+    Returns the updated (accumulator, row_max, row_sum).
+    """
+    if MODE == "packed_fn" and query.shape[0] >= _WARP_GROUP_HEADS:
+        # On sm_90, of two products in a chain, Triton deals the first to the warps along its rows only: with 64 heads
+        # and eight warps both warp groups compute all of the scores. It does not follow a chain out of a branch, and
+        # this one is always taken: launchers refuse a scale that is not positive.
+        weights = tl.zeros((query.shape[0], keys.shape[0]), dtype=tl.bfloat16)
+        decay = tl.zeros((query.shape[0],), dtype=tl.float32)
+        if scale_log2 > 0:
+            weights, decay, row_max, row_sum = _weigh_tile(query, row_max, row_sum, keys, valid, scale_log2)
+    else:
+        weights, decay, row_max, row_sum = _weigh_tile(query, row_max, row_sum, keys, valid, scale_log2)
+    accumulator = tl.dot(weights, keys, accumulator * decay[:, None])  # [BLOCK_H, 512]
+    return accumulator, row_max, row_sum
 
 
 @triton.jit
@@ -92,20 +150,12 @@ def _attend_scope(
     for start in range(begin, end, BLOCK_K):
         lanes = start + tl.arange(0, BLOCK_K)
         slots = tl.load(indices + lanes, mask=lanes < end, other=-1)
-        valid = (slots >= 0) & (slots < num_rows)
-        keys = _load_keys(cache, block_stride, slots, valid, BLOCK_SIZE, MODE, BLOCK_K)  # [BLOCK_K, 512]
-
-        # s_k = scale * q . kv_k, in units of log 2
-        scores = tl.dot(query, tl.trans(keys)) * scale_log2  # [BLOCK_H, BLOCK_K]
-        scores = tl.where(valid[None, :], scores, _LOWEST)
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        decay = tl.exp2(row_max - new_max)
-        # The explicit zero matters: in a row without any valid slot, scores == new_max and exp2 would give 1.
-        weights = tl.where(valid[None, :], tl.exp2(scores - new_max[:, None]), 0.0)
-        row_sum = row_sum * decay + tl.sum(weights, axis=1)
-        accumulator = accumulator * decay[:, None]
-        accumulator = tl.dot(weights.to(tl.bfloat16), keys, accumulator)  # [BLOCK_H, 512]
-        row_max = new_max
+        valid = slots.to(tl.uint32) < num_rows  # unsigned, -1 is too large as well
+        WIDE_ROPE: tl.constexpr = MODE == "packed_fn" and BLOCK_H < _WARP_GROUP_HEADS
+        keys = _load_keys(cache, block_stride, slots, valid, BLOCK_SIZE, MODE, BLOCK_K, WIDE_ROPE)  # [BLOCK_K, 512]
+        accumulator, row_max, row_sum = _attend_tile(
+            query, accumulator, row_max, row_sum, keys, valid, scale_log2, MODE
+        )  # fmt: skip
     return accumulator, row_max, row_sum
 
 

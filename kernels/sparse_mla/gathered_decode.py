@@ -20,8 +20,8 @@ from torch import Tensor
 from dsv4ref import diagnostics
 from dsv4ref.formats.kv_cache import HEAD_DIM
 from dsv4ref.kernels import checks
-from dsv4ref.kernels.codes import _decode_codes, _decode_scales, architecture, decode_mode
-from dsv4ref.kernels.sparse_mla.decode import _check_output
+from dsv4ref.kernels.codes import _decode_codes, _decode_scales, _join_keys, architecture, decode_mode
+from dsv4ref.kernels.sparse_mla.decode import _LOWEST, _attend_tile, _check_output
 from dsv4ref.kernels.sparse_mla.fp8_gather import GatheredScope
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape
 
@@ -35,8 +35,6 @@ _ROPE = tl.constexpr(64)
 _DIM = tl.constexpr(512)
 _SCALE_BLOCK = tl.constexpr(64)
 _SCALE_SLOTS = tl.constexpr(8)
-# Running maxima start here and not at -inf, so that a tile without a valid row gives exp2(0) and not exp2(inf - inf).
-_LOWEST = tl.constexpr(-1.0e30)
 
 GATHERED_LAUNCH = {
     "gfx942": LaunchShape(32, 16, 8),
@@ -67,20 +65,17 @@ def _load_rows(values, tags, rope, at, valid, KIND: tl.constexpr, MODE: tl.const
         is_nope = dims < _NOPE
         code_at = values + at[:, None] * _NOPE + dims[None, :]
         codes = tl.load(code_at, mask=valid[:, None] & is_nope[None, :], other=0)
-        nope = _decode_codes(codes, MODE)
-
         groups = tl.arange(0, _SCALE_SLOTS)
         scaled = groups < _SCALE_SLOTS - 1  # the last byte is the validity
         scale_at = tags + at[:, None] * _SCALE_SLOTS + groups[None, :]
         factors = _decode_scales(tl.load(scale_at, mask=valid[:, None] & scaled[None, :], other=127))
         factors = tl.broadcast_to(factors[:, :, None], (BLOCK_K, _SCALE_SLOTS, _SCALE_BLOCK))
         factors = tl.reshape(factors, (BLOCK_K, _DIM))
-        nope = (nope.to(tl.float32) * factors.to(tl.float32)).to(tl.bfloat16)  # exact: 4 significant bits times 2^e
 
         rope_dims = tl.where(is_nope, 0, dims - _NOPE)
         rope_at = rope + at[:, None] * _ROPE + rope_dims[None, :]
         tail = tl.load(rope_at, mask=valid[:, None] & (dims >= _NOPE)[None, :], other=0.0)
-        keys = tl.where(is_nope[None, :], nope, tail)
+        keys = _join_keys(codes, factors, tail, is_nope[None, :], MODE)
     return keys
 
 
@@ -110,18 +105,9 @@ def _attend_rows(
         at = lanes.to(tl.int64)  # row * stride passes 2^31 at four million rows (H26)
         valid = tl.load(tags + at * TAGS + (TAGS - 1), mask=lanes < end, other=0) != 0
         keys = _load_rows(values, tags, rope, at, valid, KIND, MODE, BLOCK_K)  # [BLOCK_K, 512]
-
-        # s_k = scale * q . kv_k, in units of log 2
-        scores = tl.dot(query, tl.trans(keys)) * scale_log2  # [BLOCK_H, BLOCK_K]
-        scores = tl.where(valid[None, :], scores, _LOWEST)
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        decay = tl.exp2(row_max - new_max)
-        # The explicit zero matters: in a row without any valid key, scores == new_max and exp2 would give 1.
-        weights = tl.where(valid[None, :], tl.exp2(scores - new_max[:, None]), 0.0)
-        row_sum = row_sum * decay + tl.sum(weights, axis=1)
-        accumulator = accumulator * decay[:, None]
-        accumulator = tl.dot(weights.to(tl.bfloat16), keys, accumulator)  # [BLOCK_H, 512]
-        row_max = new_max
+        accumulator, row_max, row_sum = _attend_tile(
+            query, accumulator, row_max, row_sum, keys, valid, scale_log2, MODE
+        )  # fmt: skip
     return accumulator, row_max, row_sum
 
 

@@ -32,12 +32,15 @@ from dsv4ref import diagnostics
 from dsv4ref.formats.kv_cache import HEAD_DIM
 from dsv4ref.formats.scope import Scope
 from dsv4ref.kernels import checks
-from dsv4ref.kernels.codes import _decode_codes, _decode_scales, architecture, decode_mode
+from dsv4ref.kernels.codes import architecture, decode_mode
 from dsv4ref.kernels.sparse_mla.decode import (
     _LOWEST,
+    _WARP_GROUP_HEADS,
+    _attend_tile,
     _check_output,
     _check_query,
     _input_memory,
+    _load_keys,
     _scope_arguments,
 )
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape
@@ -54,41 +57,8 @@ _LOG2_E_FLOAT = math.log2(math.e)
 
 # As the kernels see them; equal to those of formats.kv_cache (a test holds that).
 _DIM = tl.constexpr(512)
-_NOPE = tl.constexpr(448)
-_ROPE = tl.constexpr(64)
-_SCALE_BLOCK = tl.constexpr(64)
-_SCALE_SLOTS = tl.constexpr(8)
-_ROW_BYTES = tl.constexpr(576)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _load_keys(cache, block_stride, slots, valid, BLOCK_SIZE: tl.constexpr, MODE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Dequantised keys bf16 [BLOCK_K, 512]; rows of invalid slots are zero, so QK and PV never see their bytes.
-
-    The bytes are those that `sparse_mla_decode` makes. It loads the rope dims as 512 columns of which 448 are masked;
-    here they are 64, repeated in registers, which leaves fewer loads and addresses to keep.
-    """
-    # int64 before the product: block * stride passes 2^31 in caches of a few GB (H26).
-    block = (slots // BLOCK_SIZE).to(tl.int64)
-    position = slots % BLOCK_SIZE
-    rows = block * block_stride + position * _ROW_BYTES  # [BLOCK_K]
-    scales = block * block_stride + BLOCK_SIZE * _ROW_BYTES + position * _SCALE_SLOTS  # [BLOCK_K]
-
-    is_nope = (tl.arange(0, _DIM) < _NOPE)[None, :]
-    codes = tl.load(cache + rows[:, None] + tl.arange(0, _DIM)[None, :], mask=valid[:, None] & is_nope, other=0)
-    groups = tl.arange(0, _SCALE_SLOTS)[None, :]
-    scaled = valid[:, None] & (groups < _SCALE_SLOTS - 1)
-    factors = _decode_scales(tl.load(cache + scales[:, None] + groups, mask=scaled, other=127))  # [BLOCK_K, 8]
-    factors = tl.broadcast_to(factors[:, :, None], (BLOCK_K, _SCALE_SLOTS, _SCALE_BLOCK))
-    factors = tl.reshape(factors, (BLOCK_K, _DIM)).to(tl.float32)
-    nope = (_decode_codes(codes, MODE).to(tl.float32) * factors).to(tl.bfloat16)  # exact: 4 significant bits times 2^e
-
-    rope_row = (cache + rows + _NOPE).to(tl.pointer_type(tl.bfloat16))
-    rope = tl.load(rope_row[:, None] + tl.arange(0, _ROPE)[None, :], mask=valid[:, None], other=0.0)  # [BLOCK_K, 64]
-    rope = tl.broadcast_to(rope[:, None, :], (BLOCK_K, _DIM // _ROPE, _ROPE))
-    return tl.where(is_nope, nope, tl.reshape(rope, (BLOCK_K, _DIM)))
 
 
 @triton.jit
@@ -113,20 +83,12 @@ def _attend_tiles(
     for start in range(begin, end, BLOCK_K):
         lanes = start + tl.arange(0, BLOCK_K)
         slots = tl.load(indices + lanes, mask=lanes < end, other=-1)
-        valid = (slots >= 0) & (slots < num_rows)
-        keys = _load_keys(cache, block_stride, slots, valid, BLOCK_SIZE, MODE, BLOCK_K)  # [BLOCK_K, 512]
-
-        # s_k = scale * q . kv_k, in units of log 2
-        scores = tl.dot(query, tl.trans(keys)) * scale_log2  # [BLOCK_H, BLOCK_K]
-        scores = tl.where(valid[None, :], scores, _LOWEST)
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        decay = tl.exp2(row_max - new_max)
-        # The explicit zero matters: in a row without any valid slot, scores == new_max and exp2 would give 1.
-        weights = tl.where(valid[None, :], tl.exp2(scores - new_max[:, None]), 0.0)
-        row_sum = row_sum * decay + tl.sum(weights, axis=1)
-        accumulator = accumulator * decay[:, None]
-        accumulator = tl.dot(weights.to(tl.bfloat16), keys, accumulator)  # [BLOCK_H, 512]
-        row_max = new_max
+        valid = slots.to(tl.uint32) < num_rows  # unsigned, -1 is too large as well
+        WIDE_ROPE: tl.constexpr = MODE == "packed_fn" and BLOCK_H < _WARP_GROUP_HEADS
+        keys = _load_keys(cache, block_stride, slots, valid, BLOCK_SIZE, MODE, BLOCK_K, WIDE_ROPE)  # [BLOCK_K, 512]
+        accumulator, row_max, row_sum = _attend_tile(
+            query, accumulator, row_max, row_sum, keys, valid, scale_log2, MODE
+        )  # fmt: skip
     return accumulator, row_max, row_sum
 
 

@@ -68,6 +68,8 @@ _LANES = 128
 _INSTRUCTIONS_PER_CODE = 12
 _CLOCK_GHZ = 1.8
 _SMALLEST_MATRIX_TILE = 16
+_WARP_GROUP_TILE = {"sm_90": 64}
+"""Rows of a matrix tile where the fast product has more than 16: padding up to them is cheaper than a narrower tile."""
 _EMULATED = "gfx942"
 """What the interpreter plans for, as its launch shapes are AMD's too."""
 
@@ -96,8 +98,9 @@ _HOPPER_SHAPES = (
     # First, because the model cannot tell it from 16x64 once every SM holds two of its workgroups; a measurement can.
     SplitShape(LaunchShape(16, 32, 4), 2, "measured: the best single pass for 16 heads and more workgroups than SMs"),
     SplitShape(LaunchShape(16, 64, 8), 1, "measured: the best single pass while an SM has one workgroup or none"),
-    SplitShape(LaunchShape(32, 64, 8), 1, "measured: the best single pass of up to 32 heads, or of one wave"),
-    SplitShape(LaunchShape(64, 64, 8), 1, "measured: the best single pass over several waves; feeds wgmma"),
+    SplitShape(
+        LaunchShape(64, 64, 8), 1, "measured: the best single pass over several waves, of 32 heads as well; wgmma"
+    ),
 )
 
 SHAPES: Mapping[str, tuple[SplitShape, ...]] = {
@@ -105,8 +108,8 @@ SHAPES: Mapping[str, tuple[SplitShape, ...]] = {
     "gfx950": _CDNA_SHAPES,
     "sm_90": _HOPPER_SHAPES,
 }
-"""Launch shapes by architecture. sm_90's were measured as single passes (chapter 05), not yet with splits; gfx942's and
-gfx950's come from ISA evidence: no spills, LDS within its cap, `resident` from registers and LDS. No AMD GPU ran them.
+"""Launch shapes by architecture. sm_90's were measured, as single passes (chapter 05) and with splits (chapter 18). The
+others come from ISA evidence: no spills, LDS within its cap, `resident` from registers and LDS. No AMD GPU ran them.
 """
 
 
@@ -219,7 +222,8 @@ def candidates(
     _check_widths(swa_width=swa_width, extra_width=extra_width)
     table = SHAPES.get(machine.arch, ()) if shapes is None else shapes
     # A head block wider than the heads, rounded up to a matrix tile, only adds padding.
-    useful = [s for s in table if s.launch.block_h < 2 * max(heads, _SMALLEST_MATRIX_TILE)]
+    tile = _WARP_GROUP_TILE.get(machine.arch, _SMALLEST_MATRIX_TILE)
+    useful = [s for s in table if s.launch.block_h < 2 * max(heads, tile)]
     plans = []
     for shape in useful:
         tiles = tiles_per_row(swa_width, extra_width, shape.launch.block_k)

@@ -383,6 +383,7 @@ def test_the_kernels_constants_are_the_formats() -> None:
     names = {
         "_NOPE": kv_cache.NOPE_DIM,
         "_DIM": kv_cache.HEAD_DIM,
+        "_ROPE": kv_cache.ROPE_DIM,
         "_SCALE_BLOCK": kv_cache.SCALE_BLOCK,
         "_SCALE_SLOTS": kv_cache.SCALE_SLOTS,
         "_ROW_BYTES": kv_cache.ROW_BYTES,

@@ -129,6 +129,13 @@ def test_a_tie_goes_to_the_shape_that_was_measured_faster() -> None:
     assert (plan.launch, plan.splits) == (LaunchShape(16, 32, 4), 1)
 
 
+def test_few_heads_may_take_a_part_of_a_warp_groups_tile() -> None:
+    """Measured: 1,024 rows of 32 heads are faster in half of 64x64 than in two halves of 16-row tiles."""
+    plan = plan_splits(machine("h200"), 1024, 32, 128, 512)
+    assert (plan.launch, plan.splits) == (LaunchShape(64, 64, 8), 1)
+    assert max(plan.launch.block_h for plan in candidates(machine("mi300x"), 1024, 32, 128, 512)) == 32
+
+
 def test_staging_is_what_the_scratch_holds() -> None:
     assert staged_bytes(3, 8, 5) == SplitScratch.allocate(3 * 8 * 5, "cpu").nbytes
 

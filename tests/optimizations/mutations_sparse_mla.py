@@ -26,7 +26,7 @@ MUTATIONS = {
     ),
     "validity mask dropped": Mutation(
         "kernels/sparse_mla/decode.py",
-        "valid = (slots >= 0) & (slots < num_rows)",
+        "valid = slots.to(tl.uint32) < num_rows",
         "valid = slots == slots\n        slots = tl.minimum(tl.maximum(slots, 0), num_rows - 1)",
         cases=("decode_launch_shape/tiny-ragged", "output_passthrough/tiny-ragged"),
     ),
