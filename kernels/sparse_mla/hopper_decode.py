@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dsv4ref import device
 from dsv4ref.formats.fp8 import Dialect
 from dsv4ref.formats.scope import Scope
 from dsv4ref.kernels.codes import architecture
@@ -85,7 +86,8 @@ def launch_partials(
     num_rows, num_heads = q.shape[0], q.shape[1]
     second = extra if extra is not None else swa
     finish = splits == 1
-    module._hopper_decode_kernel[(triton.cdiv(num_heads, TILE.block_h), num_rows, splits)](
+    items = TILE.workgroups(num_rows, num_heads) * splits
+    module._hopper_decode_kernel[(min(items, device.current(q.device.index).compute_units),)](
         q,
         out,
         lse if lse is not None else out,
@@ -110,7 +112,7 @@ def launch_partials(
         SPLIT=not finish,
         HAS_SINK=finish and sink is not None,
         HAS_LSE=finish and lse is not None,
-        FILLERS=module.FILL_WARPS,
-        FILL_REGS=module.FILL_REGISTERS,
-        num_warps=module.COMPUTE_WARPS,
+        FOLLOW_REGISTERS=module.FOLLOW_REGISTERS,
+        FILL_REGISTERS=module.FILL_REGISTERS,
+        num_warps=module.WARPS,
     )

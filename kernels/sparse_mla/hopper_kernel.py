@@ -26,15 +26,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-__all__ = ["COMPUTE_WARPS", "FILL_REGISTERS", "FILL_WARPS"]
+__all__ = ["FILL_REGISTERS", "FOLLOW_REGISTERS", "WARPS"]
 
-COMPUTE_WARPS = 8
-FILL_WARPS = 4
-FILL_REGISTERS = 144
+WARPS = 4
+FOLLOW_REGISTERS = 168
+FILL_REGISTERS = 136
 
 _HEADS = gl.constexpr(64)
 _KEYS = gl.constexpr(64)
-_DIM = gl.constexpr(512)
+_HALF = gl.constexpr(256)
 _NOPE = gl.constexpr(448)
 _GROUP = gl.constexpr(64)
 _SCALE_SLOTS = gl.constexpr(8)
@@ -44,9 +44,9 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 _FILL = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
-_SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
-_OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
-_COPY = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0]))
+_SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+_OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+_COPY = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
 _TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 _WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 
@@ -115,7 +115,7 @@ def _load_words(rows, valid, FIRST: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _store_group(tile, codes, scales, GROUP: gl.constexpr):
+def _store_group(low_half, high_half, codes, scales, GROUP: gl.constexpr):
     """Dequantise 64 codes of each key and put them into the tile's columns, two to a word."""
     byte = (scales >> (8 * GROUP)).to(gl.int32) & 0xFF
     bits = byte << 7
@@ -125,7 +125,8 @@ def _store_group(tile, codes, scales, GROUP: gl.constexpr):
     low, high = gl.inline_asm_elementwise(
         _DECODE, _DECODE_CONSTRAINTS, [codes, factor], dtype=(gl.int32, gl.int32), is_pure=True, pack=4
     )  # fmt: skip
-    tile.slice(GROUP * 32, 32, dim=1).store(gl.join(low, high).reshape([_KEYS, 32]))
+    tile = low_half if GROUP < 4 else high_half
+    tile.slice((GROUP % 4) * 32, 32, dim=1).store(gl.join(low, high).reshape([_KEYS, 32]))
 
 
 @gluon.jit
@@ -150,136 +151,240 @@ def _next_tile(
 
 
 @gluon.jit
-def _fill(
-    keys, live, full, empty, first, last, swa_tiles,
-    swa_cache, swa_indices, swa_begin, swa_length, swa_rows, swa_block_stride,
-    extra_cache, extra_indices, extra_begin, extra_length, extra_rows, extra_block_stride,
-    SWA_BLOCK: gl.constexpr, EXTRA_BLOCK: gl.constexpr, HAS_EXTRA: gl.constexpr,
+def _place(item, num_rows, num_heads):
+    """Which head block, row and split a piece of work is; head blocks of one row, which share its keys, come together."""
+    blocks = (num_heads + _HEADS - 1) // _HEADS
+    rest = item // blocks
+    return item % blocks, (rest % num_rows).to(gl.int64), rest // num_rows
+
+
+@gluon.jit
+def _extent(
+    row, split, num_splits, swa_indptr, swa_capacity, extra_indptr, extra_capacity,
+    HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    rows, scales, valid = _next_tile(
-        first, last, swa_tiles,
-        swa_cache, swa_indices, swa_begin, swa_length, swa_rows, swa_block_stride,
-        extra_cache, extra_indices, extra_begin, extra_length, extra_rows, extra_block_stride,
-        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
-    )  # fmt: skip
-    c0 = _load_words(rows, valid, 0, 16)
-    c1 = _load_words(rows, valid, 16, 16)
-    c2 = _load_words(rows, valid, 32, 16)
-    c3 = _load_words(rows, valid, 48, 16)
-    c4 = _load_words(rows, valid, 64, 16)
-    c5 = _load_words(rows, valid, 80, 16)
-    c6 = _load_words(rows, valid, 96, 16)
-    rope = _load_words(rows, valid, 112, 32)
-    for tile in range(first, last):
-        # The next tile's bytes are asked for as this one's registers come free: a tile's time to arrive.
-        rows, next_scales, next_valid = _next_tile(
-            tile + 1, last, swa_tiles,
+    """The tiles of a split, of the line of tiles that both lists of a row make, and where the lists lie."""
+    swa_begin, swa_length = _list_of(swa_indptr, row, swa_capacity)
+    swa_tiles = (swa_length + _KEYS - 1) // _KEYS
+    extra_begin, extra_length = swa_begin, swa_length * 0
+    first, last = swa_tiles * 0, swa_tiles
+    if HAS_EXTRA:
+        extra_begin, extra_length = _list_of(extra_indptr, row, extra_capacity)
+        last += (extra_length + _KEYS - 1) // _KEYS
+    if SPLIT:
+        share = (last + num_splits - 1) // num_splits
+        first = gl.minimum(split * share, last)
+        last = gl.minimum(first + share, last)
+    return first, last, swa_tiles, swa_begin, swa_length, extra_begin, extra_length
+
+
+@gluon.jit
+def _fill(
+    keys, live, full, empty, items, num_rows, num_heads, num_splits,
+    swa_cache, swa_indices, swa_indptr, swa_capacity, swa_rows, swa_block_stride,
+    extra_cache, extra_indices, extra_indptr, extra_capacity, extra_rows, extra_block_stride,
+    SWA_BLOCK: gl.constexpr, EXTRA_BLOCK: gl.constexpr, HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head_block, row, split = _place(item, num_rows, num_heads)
+        first, last, swa_tiles, swa_begin, swa_length, extra_begin, extra_length = _extent(
+            row, split, num_splits, swa_indptr, swa_capacity, extra_indptr, extra_capacity, HAS_EXTRA, SPLIT
+        )  # fmt: skip
+        rows, scales, valid = _next_tile(
+            first, last, swa_tiles,
             swa_cache, swa_indices, swa_begin, swa_length, swa_rows, swa_block_stride,
             extra_cache, extra_indices, extra_begin, extra_length, extra_rows, extra_block_stride,
             SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
         )  # fmt: skip
-        step = tile - first
-        at = step % 2
-        mbarrier.wait(empty.index(at), ((step // 2) & 1) ^ 1)
-        target = keys.index(at)._reinterpret(gl.int32, [_KEYS, _DIM // 2], _WORDS)
-        live.index(at).store(valid.to(gl.int32))
-        _store_group(target, c0, scales, 0)
-        c0 = _load_words(rows, next_valid, 0, 16)
-        _store_group(target, c1, scales, 1)
-        c1 = _load_words(rows, next_valid, 16, 16)
-        _store_group(target, c2, scales, 2)
-        c2 = _load_words(rows, next_valid, 32, 16)
-        _store_group(target, c3, scales, 3)
-        c3 = _load_words(rows, next_valid, 48, 16)
-        _store_group(target, c4, scales, 4)
-        c4 = _load_words(rows, next_valid, 64, 16)
-        _store_group(target, c5, scales, 5)
-        c5 = _load_words(rows, next_valid, 80, 16)
-        _store_group(target, c6, scales, 6)
-        c6 = _load_words(rows, next_valid, 96, 16)
-        target.slice(_NOPE // 2, _GROUP // 2, dim=1).store(rope)
-        rope = _load_words(rows, next_valid, 112, 32)
-        fence_async_shared()
-        mbarrier.arrive(full.index(at), count=1)
-        scales = next_scales
-        valid = next_valid
+        c0 = _load_words(rows, valid, 0, 16)
+        c1 = _load_words(rows, valid, 16, 16)
+        c2 = _load_words(rows, valid, 32, 16)
+        c3 = _load_words(rows, valid, 48, 16)
+        c4 = _load_words(rows, valid, 64, 16)
+        c5 = _load_words(rows, valid, 80, 16)
+        c6 = _load_words(rows, valid, 96, 16)
+        rope = _load_words(rows, valid, 112, 32)
+        for tile in range(first, last):
+            # The next tile's bytes are asked for as this one's registers come free: a tile's time to arrive.
+            rows, next_scales, next_valid = _next_tile(
+                tile + 1, last, swa_tiles,
+                swa_cache, swa_indices, swa_begin, swa_length, swa_rows, swa_block_stride,
+                extra_cache, extra_indices, extra_begin, extra_length, extra_rows, extra_block_stride,
+                SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+            )  # fmt: skip
+            at = step % 2
+            mbarrier.wait(empty.index(at), ((step // 2) & 1) ^ 1)
+            low = keys.index(2 * at)._reinterpret(gl.int32, [_KEYS, _HALF // 2], _WORDS)
+            high = keys.index(2 * at + 1)._reinterpret(gl.int32, [_KEYS, _HALF // 2], _WORDS)
+            live.index(at).store(valid.to(gl.int32))
+            _store_group(low, high, c0, scales, 0)
+            c0 = _load_words(rows, next_valid, 0, 16)
+            _store_group(low, high, c1, scales, 1)
+            c1 = _load_words(rows, next_valid, 16, 16)
+            _store_group(low, high, c2, scales, 2)
+            c2 = _load_words(rows, next_valid, 32, 16)
+            _store_group(low, high, c3, scales, 3)
+            c3 = _load_words(rows, next_valid, 48, 16)
+            _store_group(low, high, c4, scales, 4)
+            c4 = _load_words(rows, next_valid, 64, 16)
+            _store_group(low, high, c5, scales, 5)
+            c5 = _load_words(rows, next_valid, 80, 16)
+            _store_group(low, high, c6, scales, 6)
+            c6 = _load_words(rows, next_valid, 96, 16)
+            high.slice(96, 32, dim=1).store(rope)
+            rope = _load_words(rows, next_valid, 112, 32)
+            fence_async_shared()
+            mbarrier.arrive(full.index(at), count=1)
+            scales = next_scales
+            valid = next_valid
+            step += 1
 
 
 @gluon.jit
-def _compute(
-    query, keys, weights_tile, live, full, empty, first, last,
+def _write_half(
+    output, share, out, parts, out_stride_t, out_stride_h, num_rows, num_heads, row, split, head_block,
+    HALF: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """One half of the dims of a program's heads, scaled: to the output, or to the parts where a split saw a key."""
+    heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _OUTPUT))
+    dims = HALF * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _OUTPUT))
+    wide = heads.to(gl.int64)
+    if SPLIT:
+        place = (split.to(gl.int64) * num_rows + row) * num_heads
+        # -1 where nothing was seen; a NaN has been, and shows.
+        seen = (heads < num_heads) & ((share >= 0.0) | (share != share))
+        gl.store(parts + (place + wide)[:, None] * (2 * _HALF) + dims[None, :], output * share[:, None], mask=seen[:, None])
+    else:
+        at = out + row * out_stride_t + wide[:, None] * out_stride_h + dims[None, :]
+        gl.store(at, (output * share[:, None]).to(gl.bfloat16), mask=(heads < num_heads)[:, None])
+
+
+@gluon.jit
+def _lead(
+    query, keys, weights_tiles, decays, shares, live, full, empty, ready, done, taken,
+    items, num_rows, num_heads, num_splits,
+    swa_indptr, swa_capacity, extra_indptr, extra_capacity,
     q, out, lse, sink, parts, part_lses,
-    q_stride_t, q_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-    num_rows, num_heads, row, split, head_block, scale_log2,
-    SPLIT: gl.constexpr, HAS_SINK: gl.constexpr, HAS_LSE: gl.constexpr,
+    q_stride_t, q_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, scale_log2,
+    HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr, HAS_SINK: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     per_row: gl.constexpr = gl.SliceLayout(1, _SCORES)
     per_key: gl.constexpr = gl.SliceLayout(0, _SCORES)
-    copied = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _COPY))
-    copied_dims = gl.arange(0, _DIM, layout=gl.SliceLayout(0, _COPY))
-    at = row * q_stride_t + copied.to(gl.int64)[:, None] * q_stride_h + copied_dims[None, :]
-    query.store(gl.load(q + at, mask=(copied < num_heads)[:, None], other=0.0))
-    fence_async_shared()
-
-    output = gl.zeros([_HEADS, _DIM], gl.float32, layout=_OUTPUT)
-    row_max = gl.full([_HEADS], _LOWEST, gl.float32, layout=per_row)
-    row_sum = gl.zeros([_HEADS], gl.float32, layout=per_row)
-    for step in range(0, last - first):
-        buffer = step % 2
-        tile = keys.index(buffer)
-        mbarrier.wait(full.index(buffer), (step // 2) & 1)
-        scores = warpgroup_mma(
-            query, tile.permute((1, 0)), gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES), use_acc=False,
-            is_async=True,
+    step = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head_block, row, split = _place(item, num_rows, num_heads)
+        first, last, _t, _b, _l, _eb, _el = _extent(
+            row, split, num_splits, swa_indptr, swa_capacity, extra_indptr, extra_capacity, HAS_EXTRA, SPLIT
         )  # fmt: skip
-        valid = live.index(buffer).load(per_key)[None, :] != 0
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        scores = gl.where(valid, scores * scale_log2, _LOWEST)
-        new_max = gl.maximum(row_max, gl.max(scores, axis=1))
-        decay = gl.exp2(row_max - new_max)
-        # The explicit zero matters: in a row without any valid slot, scores == new_max and exp2 would give 1.
-        weights = gl.where(valid, gl.exp2(scores - new_max[:, None]), 0.0)
-        row_sum = row_sum * decay + gl.sum(weights, axis=1)
-        weights_tile.store(weights.to(gl.bfloat16))
+        copied = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _COPY))
+        dims = gl.arange(0, _HALF, layout=gl.SliceLayout(0, _COPY))
+        q_at = q + row * q_stride_t + copied.to(gl.int64)[:, None] * q_stride_h + dims[None, :]
+        low = gl.load(q_at, mask=(copied < num_heads)[:, None], other=0.0)
+        high = gl.load(q_at + _HALF, mask=(copied < num_heads)[:, None], other=0.0)
+        query.index(0).store(low)
+        query.index(1).store(high)
         fence_async_shared()
-        output = output * gl.convert_layout(decay, gl.SliceLayout(1, _OUTPUT))[:, None]
-        output = warpgroup_mma(weights_tile, tile, output, is_async=True)
-        output = warpgroup_mma_wait(0, deps=[output])
-        mbarrier.arrive(empty.index(buffer), count=1)
-        row_max = new_max
 
-    heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=per_row)
-    wide = heads.to(gl.int64)
-    unseen = row_sum == 0.0
-    value = gl.where(unseen, float("-inf"), (row_max + gl.log2(row_sum)) * _LN_2)
-    if SPLIT:
-        place = (split.to(gl.int64) * num_rows + row) * num_heads
-        gl.store(part_lses + place + wide, value, mask=heads < num_heads)
-        inverse = gl.where(unseen, 0.0, 1.0 / row_sum)
-        rows = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _OUTPUT))
-        dims = gl.arange(0, _DIM, layout=gl.SliceLayout(0, _OUTPUT))
-        share = gl.convert_layout(inverse, gl.SliceLayout(1, _OUTPUT))
-        part_at = parts + (place + rows.to(gl.int64))[:, None] * _DIM + dims[None, :]
-        written = gl.convert_layout(row_sum, gl.SliceLayout(1, _OUTPUT)) != 0.0
-        gl.store(part_at, output * share[:, None], mask=((rows < num_heads) & written)[:, None])
-    else:
-        if HAS_LSE:
-            gl.store(lse + row * lse_stride_t + wide * lse_stride_h, value, mask=heads < num_heads)
-        share = gl.where(unseen, 0.0, 1.0 / row_sum)
-        if HAS_SINK:
-            # l' = l * exp(m - m') + exp(sink - m'), o = acc * exp(m - m') / l'
-            sink_log2 = gl.load(sink + heads, mask=heads < num_heads, other=float("-inf")) * _LOG2_E
-            new_max = gl.maximum(row_max, sink_log2)
+        output = gl.zeros([_HEADS, _HALF], gl.float32, layout=_OUTPUT)
+        row_max = gl.full([_HEADS], _LOWEST, gl.float32, layout=per_row)
+        row_sum = gl.zeros([_HEADS], gl.float32, layout=per_row)
+        for tile in range(first, last):
+            at = step % 2
+            phase = (step // 2) & 1
+            mbarrier.wait(full.index(at), phase)
+            scores = warpgroup_mma(
+                query.index(0), keys.index(2 * at).permute((1, 0)),
+                gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES), use_acc=False, is_async=True,
+            )  # fmt: skip
+            scores = warpgroup_mma(
+                query.index(1), keys.index(2 * at + 1).permute((1, 0)), scores, is_async=True
+            )  # fmt: skip
+            valid = live.index(at).load(per_key)[None, :] != 0
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            scores = gl.where(valid, scores * scale_log2, _LOWEST)
+            new_max = gl.maximum(row_max, gl.max(scores, axis=1))
             decay = gl.exp2(row_max - new_max)
-            # A sink of +inf takes all the weight: the row is zero. inf - inf would make it NaN.
-            absorbed = sink_log2 == float("inf")
-            row_sum = row_sum * decay + gl.where(absorbed, 1.0, gl.exp2(sink_log2 - new_max))
-            share = gl.where(row_sum == 0.0, 0.0, decay / row_sum)
-        result = output * gl.convert_layout(share, gl.SliceLayout(1, _OUTPUT))[:, None]
-        # Through the queries' place in shared memory, which nobody reads any more, to whole lines of the output.
-        query.store(result.to(gl.bfloat16))
-        out_at = out + row * out_stride_t + copied.to(gl.int64)[:, None] * out_stride_h + copied_dims[None, :]
-        gl.store(out_at, query.load(_COPY), mask=(copied < num_heads)[:, None])
+            # The explicit zero matters: in a row without any valid slot, scores == new_max and exp2 would give 1.
+            weights = gl.where(valid, gl.exp2(scores - new_max[:, None]), 0.0)
+            row_sum = row_sum * decay + gl.sum(weights, axis=1)
+            weights_tiles.index(at).store(weights.to(gl.bfloat16))
+            decays.index(at).store(decay)
+            fence_async_shared()
+            mbarrier.arrive(ready.index(at), count=1)
+            output = output * gl.convert_layout(decay, gl.SliceLayout(1, _OUTPUT))[:, None]
+            output = warpgroup_mma(weights_tiles.index(at), keys.index(2 * at), output, is_async=True)
+            output = warpgroup_mma_wait(0, deps=[output])
+            mbarrier.arrive(empty.index(at), count=1)
+            row_max = new_max
+            step += 1
+
+        heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=per_row)
+        wide = heads.to(gl.int64)
+        unseen = row_sum == 0.0
+        value = gl.where(unseen, float("-inf"), (row_max + gl.log2(row_sum)) * _LN_2)
+        share = gl.where(unseen, 0.0, 1.0 / row_sum)
+        if SPLIT:
+            place = (split.to(gl.int64) * num_rows + row) * num_heads
+            gl.store(part_lses + place + wide, value, mask=heads < num_heads)
+            share = gl.where(unseen, -1.0, share)
+        else:
+            if HAS_LSE:
+                gl.store(lse + row * lse_stride_t + wide * lse_stride_h, value, mask=heads < num_heads)
+            if HAS_SINK:
+                # l' = l * exp(m - m') + exp(sink - m'), o = acc * exp(m - m') / l'
+                sink_log2 = gl.load(sink + heads, mask=heads < num_heads, other=float("-inf")) * _LOG2_E
+                new_max = gl.maximum(row_max, sink_log2)
+                decay = gl.exp2(row_max - new_max)
+                # A sink of +inf takes all the weight: the row is zero. inf - inf would make it NaN.
+                absorbed = sink_log2 == float("inf")
+                total = row_sum * decay + gl.where(absorbed, 1.0, gl.exp2(sink_log2 - new_max))
+                share = gl.where(total == 0.0, 0.0, decay / total)
+        mbarrier.wait(taken, (turn & 1) ^ 1)
+        shares.store(share)
+        mbarrier.arrive(done, count=1)
+        _write_half(
+            output, gl.convert_layout(share, gl.SliceLayout(1, _OUTPUT)), out, parts, out_stride_t, out_stride_h,
+            num_rows, num_heads, row, split, head_block, 0, SPLIT,
+        )  # fmt: skip
+        turn += 1
+
+
+@gluon.jit
+def _follow(
+    keys, weights_tiles, decays, shares, full, empty, ready, done, taken,
+    items, num_rows, num_heads, num_splits,
+    swa_indptr, swa_capacity, extra_indptr, extra_capacity,
+    out, parts, out_stride_t, out_stride_h,
+    HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    per_row: gl.constexpr = gl.SliceLayout(1, _OUTPUT)
+    step = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head_block, row, split = _place(item, num_rows, num_heads)
+        first, last, _t, _b, _l, _eb, _el = _extent(
+            row, split, num_splits, swa_indptr, swa_capacity, extra_indptr, extra_capacity, HAS_EXTRA, SPLIT
+        )  # fmt: skip
+        output = gl.zeros([_HEADS, _HALF], gl.float32, layout=_OUTPUT)
+        for tile in range(first, last):
+            at = step % 2
+            phase = (step // 2) & 1
+            mbarrier.wait(full.index(at), phase)
+            mbarrier.wait(ready.index(at), phase)
+            output = output * decays.index(at).load(per_row)[:, None]
+            output = warpgroup_mma(weights_tiles.index(at), keys.index(2 * at + 1), output, is_async=True)
+            output = warpgroup_mma_wait(0, deps=[output])
+            mbarrier.arrive(empty.index(at), count=1)
+            step += 1
+        mbarrier.wait(done, turn & 1)
+        share = shares.load(per_row)
+        mbarrier.arrive(taken, count=1)
+        _write_half(
+            output, share, out, parts, out_stride_t, out_stride_h, num_rows, num_heads, row, split, head_block, 1, SPLIT
+        )  # fmt: skip
+        turn += 1
 
 
 @gluon.jit
@@ -318,53 +423,54 @@ def _hopper_decode_kernel(
     SPLIT: gl.constexpr,
     HAS_SINK: gl.constexpr,
     HAS_LSE: gl.constexpr,
-    FILLERS: gl.constexpr,
-    FILL_REGS: gl.constexpr,
+    FOLLOW_REGISTERS: gl.constexpr,
+    FILL_REGISTERS: gl.constexpr,
 ):
-    head_block = gl.program_id(0)
-    row = gl.program_id(1).to(gl.int64)
-    split = gl.program_id(2)
-
-    # This split's tiles, of the line of tiles that both lists make
-    swa_begin, swa_length = _list_of(swa_indptr, row, swa_capacity)
-    swa_tiles = (swa_length + _KEYS - 1) // _KEYS
-    extra_begin, extra_length = swa_begin, swa_length * 0
-    first, last = swa_tiles * 0, swa_tiles
-    if HAS_EXTRA:
-        extra_begin, extra_length = _list_of(extra_indptr, row, extra_capacity)
-        last += (extra_length + _KEYS - 1) // _KEYS
-    if SPLIT:
-        share = (last + num_splits - 1) // num_splits
-        first = gl.minimum(split * share, last)
-        last = gl.minimum(first + share, last)
-
-    query = gl.allocate_shared_memory(gl.bfloat16, [_HEADS, _DIM], _TILE)
-    keys = gl.allocate_shared_memory(gl.bfloat16, [2, _KEYS, _DIM], _TILE)
-    weights_tile = gl.allocate_shared_memory(gl.bfloat16, [_HEADS, _KEYS], _TILE)
-    live = gl.allocate_shared_memory(gl.int32, [2, _KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    items = (num_heads + _HEADS - 1) // _HEADS * num_rows * num_splits
+    query = gl.allocate_shared_memory(gl.bfloat16, [2, _HEADS, _HALF], _TILE)
+    keys = gl.allocate_shared_memory(gl.bfloat16, [4, _KEYS, _HALF], _TILE)
+    weights_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, _HEADS, _KEYS], _TILE)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    decays = gl.allocate_shared_memory(gl.float32, [2, _HEADS], flat)
+    shares = gl.allocate_shared_memory(gl.float32, [_HEADS], flat)
+    live = gl.allocate_shared_memory(gl.int32, [2, _KEYS], flat)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(ready.index(i), count=1)
+    mbarrier.init(done, count=1)
+    mbarrier.init(taken, count=1)
     fence_async_shared()
 
     gl.warp_specialize(
         [
-            (_compute, (
-                query, keys, weights_tile, live, full, empty, first, last,
+            (_lead, (
+                query, keys, weights_tiles, decays, shares, live, full, empty, ready, done, taken,
+                items, num_rows, num_heads, num_splits,
+                swa_indptr, swa_capacity, extra_indptr, extra_capacity,
                 q, out, lse, sink, parts, part_lses,
-                q_stride_t, q_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-                num_rows, num_heads, row, split, head_block, scale_log2,
-                SPLIT, HAS_SINK, HAS_LSE,
+                q_stride_t, q_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, scale_log2,
+                HAS_EXTRA, SPLIT, HAS_SINK, HAS_LSE,
+            )),
+            (_follow, (
+                keys, weights_tiles, decays, shares, full, empty, ready, done, taken,
+                items, num_rows, num_heads, num_splits,
+                swa_indptr, swa_capacity, extra_indptr, extra_capacity,
+                out, parts, out_stride_t, out_stride_h,
+                HAS_EXTRA, SPLIT,
             )),
             (_fill, (
-                keys, live, full, empty, first, last, swa_tiles,
-                swa_cache, swa_indices, swa_begin, swa_length, swa_rows, swa_block_stride,
-                extra_cache, extra_indices, extra_begin, extra_length, extra_rows, extra_block_stride,
-                SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+                keys, live, full, empty, items, num_rows, num_heads, num_splits,
+                swa_cache, swa_indices, swa_indptr, swa_capacity, swa_rows, swa_block_stride,
+                extra_cache, extra_indices, extra_indptr, extra_capacity, extra_rows, extra_block_stride,
+                SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA, SPLIT,
             )),
         ],
-        [FILLERS],
-        [FILL_REGS],
+        [4, 4],
+        [FOLLOW_REGISTERS, FILL_REGISTERS],
     )  # fmt: skip
