@@ -261,6 +261,30 @@ def _write_half(
 
 
 @gluon.jit
+def _scores(query, keys, at):
+    """q . kv of one tile, still running: in two halves of the dims."""
+    zeros = gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES)
+    part = warpgroup_mma(query.index(0), keys.index(2 * at).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(query.index(1), keys.index(2 * at + 1).permute((1, 0)), part, is_async=True)
+
+
+@gluon.jit
+def _weigh(scores, live, row_max, row_sum, scale_log2, weights_tile, decays, ready):
+    """One tile of the online softmax, handed on: weights and what older sums are multiplied by."""
+    valid = live[None, :] != 0
+    scores = gl.where(valid, scores * scale_log2, _LOWEST)
+    new_max = gl.maximum(row_max, gl.max(scores, axis=1))
+    decay = gl.exp2(row_max - new_max)
+    # The explicit zero matters: in a row without any valid slot, scores == new_max and exp2 would give 1.
+    weights = gl.where(valid, gl.exp2(scores - new_max[:, None]), 0.0)
+    weights_tile.store(weights.to(gl.bfloat16))
+    decays.store(decay)
+    fence_async_shared()
+    mbarrier.arrive(ready, count=1)
+    return decay, new_max, row_sum * decay + gl.sum(weights, axis=1)
+
+
+@gluon.jit
 def _lead(
     query, keys, weights_tiles, decays, shares, live, full, empty, ready, done, taken,
     items, num_rows, num_heads, num_splits,
@@ -290,34 +314,36 @@ def _lead(
         output = gl.zeros([_HEADS, _HALF], gl.float32, layout=_OUTPUT)
         row_max = gl.full([_HEADS], _LOWEST, gl.float32, layout=per_row)
         row_sum = gl.zeros([_HEADS], gl.float32, layout=per_row)
-        for tile in range(first, last):
+        if first < last:
             at = step % 2
-            phase = (step // 2) & 1
-            mbarrier.wait(full.index(at), phase)
-            scores = warpgroup_mma(
-                query.index(0), keys.index(2 * at).permute((1, 0)),
-                gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES), use_acc=False, is_async=True,
-            )  # fmt: skip
-            scores = warpgroup_mma(
-                query.index(1), keys.index(2 * at + 1).permute((1, 0)), scores, is_async=True
-            )  # fmt: skip
-            valid = live.index(at).load(per_key)[None, :] != 0
+            mbarrier.wait(full.index(at), (step // 2) & 1)
+            scores = _scores(query, keys, at)
+            valid = live.index(at).load(per_key)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            scores = gl.where(valid, scores * scale_log2, _LOWEST)
-            new_max = gl.maximum(row_max, gl.max(scores, axis=1))
-            decay = gl.exp2(row_max - new_max)
-            # The explicit zero matters: in a row without any valid slot, scores == new_max and exp2 would give 1.
-            weights = gl.where(valid, gl.exp2(scores - new_max[:, None]), 0.0)
-            row_sum = row_sum * decay + gl.sum(weights, axis=1)
-            weights_tiles.index(at).store(weights.to(gl.bfloat16))
-            decays.index(at).store(decay)
-            fence_async_shared()
-            mbarrier.arrive(ready.index(at), count=1)
-            output = output * gl.convert_layout(decay, gl.SliceLayout(1, _OUTPUT))[:, None]
+            decay, row_max, row_sum = _weigh(
+                scores, valid, row_max, row_sum, scale_log2, weights_tiles.index(at), decays.index(at), ready.index(at)
+            )  # fmt: skip
+            # A tile's scores are asked for before the last tile's product, which then runs under this tile's softmax.
+            for tile in range(first + 1, last):
+                before = step % 2
+                step += 1
+                at = step % 2
+                mbarrier.wait(full.index(at), (step // 2) & 1)
+                scores = _scores(query, keys, at)
+                output = warpgroup_mma(weights_tiles.index(before), keys.index(2 * before), output, is_async=True)
+                valid = live.index(at).load(per_key)
+                scores, output = warpgroup_mma_wait(1, deps=[scores, output])
+                decay, row_max, row_sum = _weigh(
+                    scores, valid, row_max, row_sum, scale_log2, weights_tiles.index(at), decays.index(at),
+                    ready.index(at),
+                )  # fmt: skip
+                output = warpgroup_mma_wait(0, deps=[output])
+                mbarrier.arrive(empty.index(before), count=1)
+                output = output * gl.convert_layout(decay, gl.SliceLayout(1, _OUTPUT))[:, None]
+            at = step % 2
             output = warpgroup_mma(weights_tiles.index(at), keys.index(2 * at), output, is_async=True)
             output = warpgroup_mma_wait(0, deps=[output])
             mbarrier.arrive(empty.index(at), count=1)
-            row_max = new_max
             step += 1
 
         heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=per_row)
