@@ -36,7 +36,7 @@ _HEADS = gl.constexpr(64)
 _KEYS = gl.constexpr(64)
 _HALF = gl.constexpr(256)
 _NOPE = gl.constexpr(448)
-_GROUP = gl.constexpr(64)
+_ROPE = gl.constexpr(64)
 _SCALE_SLOTS = gl.constexpr(8)
 _ROW_BYTES = gl.constexpr(576)
 _LOWEST = gl.constexpr(-1.0e30)
@@ -242,22 +242,66 @@ def _fill(
 
 
 @gluon.jit
+def _columns_cut(x):
+    """The left and the right half of a tile's columns; both lie in the same thread."""
+    halves = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1))
+    return gl.split(halves)
+
+
+@gluon.jit
+def _store_columns(x, out_row, heads, num_heads, out_stride_h, FIRST: gl.constexpr):
+    layout: gl.constexpr = x.type.layout
+    rows = gl.convert_layout(heads, gl.SliceLayout(1, layout))
+    dims = FIRST + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
+    at = out_row + rows.to(gl.int64)[:, None] * out_stride_h + dims[None, :]
+    gl.store(at, x.to(gl.bfloat16), mask=(rows < num_heads)[:, None])
+
+
+@gluon.jit
+def _rotate_back(x, positions, cos, sin, row, cos_stride, sin_stride, num_positions):
+    """a' = a cos + b sin, b' = b cos - a sin on the pairs of the rope dims x ``[64, 64]``, as `merge._rotate_back`."""
+    a, b = gl.split(x.reshape([_HEADS, _ROPE // 2, 2]))
+    layout: gl.constexpr = a.type.layout
+    position = gl.load(positions + row)
+    known = (position >= 0) & (position < num_positions)
+    at = position.to(gl.int64)
+    pairs = gl.arange(0, _ROPE // 2, layout=gl.SliceLayout(0, layout))
+    # A position outside the tables shows: its rotated dims become NaN, and nothing is read.
+    c = gl.load(cos + at * cos_stride + pairs, mask=known, other=float("nan"))[None, :]
+    s = gl.load(sin + at * sin_stride + pairs, mask=known, other=float("nan"))[None, :]
+    # Zeros stay zeros, whatever the tables say: a padded row has neither keys nor a position.
+    turn = (a != 0.0) | (b != 0.0)
+    turned = gl.join(gl.where(turn, a * c + b * s, a), gl.where(turn, b * c - a * s, b))
+    return turned.reshape([_HEADS, _ROPE])
+
+
+@gluon.jit
 def _write_half(
-    output, share, out, parts, out_stride_t, out_stride_h, num_rows, num_heads, row, split, head_block,
-    HALF: gl.constexpr, SPLIT: gl.constexpr,
+    output, share, out, parts, positions, cos, sin,
+    out_stride_t, out_stride_h, cos_stride, sin_stride, num_positions, num_rows, num_heads, row, split, head_block,
+    HALF: gl.constexpr, SPLIT: gl.constexpr, HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
     """One half of the dims of a program's heads, scaled: to the output, or to the parts where a split saw a key."""
     heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _OUTPUT))
-    dims = HALF * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _OUTPUT))
     wide = heads.to(gl.int64)
+    output = output * share[:, None]
     if SPLIT:
+        dims = HALF * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _OUTPUT))
         place = (split.to(gl.int64) * num_rows + row) * num_heads
-        # -1 where nothing was seen; a NaN has been, and shows.
+        # The share is -1 where nothing was seen; a NaN has been, and shows.
         seen = (heads < num_heads) & ((share >= 0.0) | (share != share))
-        gl.store(parts + (place + wide)[:, None] * (2 * _HALF) + dims[None, :], output * share[:, None], mask=seen[:, None])
+        gl.store(parts + (place + wide)[:, None] * (2 * _HALF) + dims[None, :], output, mask=seen[:, None])
     else:
-        at = out + row * out_stride_t + wide[:, None] * out_stride_h + dims[None, :]
-        gl.store(at, (output * share[:, None]).to(gl.bfloat16), mask=(heads < num_heads)[:, None])
+        out_row = out + row * out_stride_t
+        if HAS_ROPE and HALF == 1:
+            left, right = _columns_cut(output)
+            nope, rope = _columns_cut(right)
+            rope = _rotate_back(rope, positions, cos, sin, row, cos_stride, sin_stride, num_positions)
+            _store_columns(left, out_row, heads, num_heads, out_stride_h, 256)
+            _store_columns(nope, out_row, heads, num_heads, out_stride_h, 384)
+            _store_columns(rope, out_row, heads, num_heads, out_stride_h, 448)
+        else:
+            _store_columns(output, out_row, heads, num_heads, out_stride_h, HALF * 256)
 
 
 @gluon.jit
@@ -371,8 +415,8 @@ def _lead(
         shares.store(share)
         mbarrier.arrive(done, count=1)
         _write_half(
-            output, gl.convert_layout(share, gl.SliceLayout(1, _OUTPUT)), out, parts, out_stride_t, out_stride_h,
-            num_rows, num_heads, row, split, head_block, 0, SPLIT,
+            output, gl.convert_layout(share, gl.SliceLayout(1, _OUTPUT)), out, parts, out, out, out,
+            out_stride_t, out_stride_h, 0, 0, 0, num_rows, num_heads, row, split, head_block, 0, SPLIT, False,
         )  # fmt: skip
         turn += 1
 
@@ -382,8 +426,8 @@ def _follow(
     keys, weights_tiles, decays, shares, full, empty, ready, done, taken,
     items, num_rows, num_heads, num_splits,
     swa_indptr, swa_capacity, extra_indptr, extra_capacity,
-    out, parts, out_stride_t, out_stride_h,
-    HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr,
+    out, parts, positions, cos, sin, out_stride_t, out_stride_h, cos_stride, sin_stride, num_positions,
+    HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr, HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
     per_row: gl.constexpr = gl.SliceLayout(1, _OUTPUT)
     step = 0
@@ -408,7 +452,9 @@ def _follow(
         share = shares.load(per_row)
         mbarrier.arrive(taken, count=1)
         _write_half(
-            output, share, out, parts, out_stride_t, out_stride_h, num_rows, num_heads, row, split, head_block, 1, SPLIT
+            output, share, out, parts, positions, cos, sin,
+            out_stride_t, out_stride_h, cos_stride, sin_stride, num_positions, num_rows, num_heads, row, split, head_block,
+            1, SPLIT, HAS_ROPE,
         )  # fmt: skip
         turn += 1
 
@@ -419,6 +465,9 @@ def _hopper_decode_kernel(
     out,
     lse,
     sink,
+    positions,
+    cos,
+    sin,
     parts,
     part_lses,
     swa_cache,
@@ -439,6 +488,9 @@ def _hopper_decode_kernel(
     out_stride_h,
     lse_stride_t,
     lse_stride_h,
+    cos_stride,
+    sin_stride,
+    num_positions,
     num_rows,
     num_heads,
     num_splits,
@@ -449,6 +501,7 @@ def _hopper_decode_kernel(
     SPLIT: gl.constexpr,
     HAS_SINK: gl.constexpr,
     HAS_LSE: gl.constexpr,
+    HAS_ROPE: gl.constexpr,
     FOLLOW_REGISTERS: gl.constexpr,
     FILL_REGISTERS: gl.constexpr,
 ):
@@ -487,8 +540,8 @@ def _hopper_decode_kernel(
                 keys, weights_tiles, decays, shares, full, empty, ready, done, taken,
                 items, num_rows, num_heads, num_splits,
                 swa_indptr, swa_capacity, extra_indptr, extra_capacity,
-                out, parts, out_stride_t, out_stride_h,
-                HAS_EXTRA, SPLIT,
+                out, parts, positions, cos, sin, out_stride_t, out_stride_h, cos_stride, sin_stride, num_positions,
+                HAS_EXTRA, SPLIT, HAS_ROPE,
             )),
             (_fill, (
                 keys, live, full, empty, items, num_rows, num_heads, num_splits,
