@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 __all__ = ["FILL_REGISTERS", "FOLLOW_REGISTERS", "WARPS"]
 
 WARPS = 4
-FOLLOW_REGISTERS = 168
+FOLLOW_REGISTERS = 160
 FILL_REGISTERS = 136
 
 _HEADS = gl.constexpr(64)
