@@ -30,11 +30,15 @@ Relation = Literal["bit", "exact", "budget"]
 
 @dataclass(frozen=True)
 class Check:
-    """One relation on one output; `tolerance` names a row of `compare.TOLERANCES` and goes with ``budget`` only."""
+    """One relation on one output; `tolerance` names a row of `compare.TOLERANCES` and goes with ``budget`` only.
+
+    An `optional` output is one that some devices cannot produce: its absence passes, and the verdict says so.
+    """
 
     output: str
     relation: Relation
     tolerance: str | None = None
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if self.relation not in ("bit", "exact", "budget"):
@@ -92,7 +96,7 @@ class Gate:
             yardstick: the straightforward implementation's outputs, where a tolerance asks for one.
 
         Returns:
-            Verdict. A missing output fails; it does not raise.
+            Verdict. A missing output fails, unless its check is optional; it does not raise.
         """
         return Verdict(
             self.name,
@@ -103,6 +107,8 @@ class Gate:
         self, check: Check, candidate: Outputs, baseline: Outputs, reference: Outputs, yardstick: Outputs
     ) -> Comparison:
         if check.output not in candidate:
+            if check.optional:
+                return Comparison(check.output, check.relation, True, f"{check.output}: does not exist here")
             names = sorted(candidate)
             return Comparison(check.output, check.relation, False, f"{check.output}: missing; outputs are {names}")
         ours = candidate[check.output]
