@@ -44,6 +44,8 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 _FILL = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
+_ASK = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0]))
+_ASK_LINES = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 _COPY = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
@@ -75,6 +77,13 @@ def _decode_asm() -> str:
     return "\n".join([*lines, "}"])
 
 
+def _ask_asm(instruction: str) -> str:
+    """PTX: a prefetch of an address; none for address 0. The result is there because an operator has one."""
+    return "\n".join(["{", ".reg .pred p;", "setp.ne.b64 p, $1, 0;", f"@p {instruction};", "mov.b32 $0, 0;", "}"])
+
+
+_ASK_KEYS = gl.constexpr(_ask_asm("cp.async.bulk.prefetch.L2.global [$1], 144"))
+_ASK_LINE = gl.constexpr(_ask_asm("prefetch.global.L2 [$1]"))
 _DECODE = gl.constexpr(_decode_asm())
 _DECODE_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
 
@@ -92,11 +101,11 @@ def _addresses(cache, block_stride, num_rows, slots, BLOCK_SIZE: gl.constexpr):
     """Pointers to a tile's rows, their eight scale bytes as one word, and which slots are valid."""
     valid = (slots >= 0) & (slots < num_rows)
     # int64 before the product: block * stride passes 2^31 in caches of a few GB (H26).
-    block = (slots // BLOCK_SIZE).to(gl.int64)
+    block = cache + (slots // BLOCK_SIZE).to(gl.int64) * block_stride
     position = slots % BLOCK_SIZE
-    rows = (cache + (block * block_stride + position * _ROW_BYTES)).to(gl.pointer_type(gl.int32))
-    at = cache + (block * block_stride + BLOCK_SIZE * _ROW_BYTES + position * _SCALE_SLOTS)
-    scales = gl.load(at.to(gl.pointer_type(gl.uint64)), mask=valid, other=0x7F7F7F7F7F7F7F7F)
+    rows = (block + position * _ROW_BYTES).to(gl.pointer_type(gl.int32))
+    at = (block + (BLOCK_SIZE * _ROW_BYTES + position * _SCALE_SLOTS)).to(gl.pointer_type(gl.uint64))
+    scales = gl.load(at, mask=valid, other=0x7F7F7F7F7F7F7F7F)
     return rows, scales, valid
 
 
@@ -105,6 +114,27 @@ def _slots_at(indices, begin, length, tile):
     """Slots of one tile of a list, -1 beyond its end."""
     lanes = tile * _KEYS + gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _FILL))
     return gl.load(indices + begin + lanes, mask=(lanes >= 0) & (lanes < length), other=-1)
+
+
+@gluon.jit
+def _ask(rows, valid):
+    """Bring the rows of valid slots into the L2, a quarter of one at a time; nobody waits for them."""
+    quarters = gl.arange(0, 4, layout=gl.SliceLayout(0, _ASK)) * (_ROW_BYTES // 16)
+    at = gl.convert_layout(rows, gl.SliceLayout(1, _ASK), assert_trivial=True)[:, None] + quarters[None, :]
+    valid = gl.convert_layout(valid, gl.SliceLayout(1, _ASK), assert_trivial=True)
+    at = gl.where(valid[:, None], at.to(gl.int64), 0)
+    gl.inline_asm_elementwise(_ASK_KEYS, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _ask_queries(q, q_stride_t, q_stride_h, num_rows, num_heads, item, items):
+    """Bring a later piece's queries into the L2, 128 bytes at a time, if there is such a piece."""
+    head_block, row, split = _place(item, num_rows, num_heads)
+    heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _ASK_LINES))
+    lines = gl.arange(0, 8, layout=gl.SliceLayout(0, _ASK_LINES)) * 64
+    at = q + row * q_stride_t + heads.to(gl.int64)[:, None] * q_stride_h + lines[None, :]
+    at = gl.where(((heads < num_heads) & (item < items))[:, None], at.to(gl.int64), 0)
+    gl.inline_asm_elementwise(_ASK_LINE, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -130,23 +160,35 @@ def _store_group(low_half, high_half, codes, scales, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _next_tile(
-    tile, last, swa_tiles,
-    swa_cache, swa_indices, swa_begin, swa_length, swa_rows, swa_block_stride,
-    extra_cache, extra_indices, extra_begin, extra_length, extra_rows, extra_block_stride,
-    SWA_BLOCK: gl.constexpr, EXTRA_BLOCK: gl.constexpr, HAS_EXTRA: gl.constexpr,
+def _tile_slots(
+    tile, last, swa_tiles, swa_indices, swa_begin, swa_length, extra_indices, extra_begin, extra_length,
+    HAS_EXTRA: gl.constexpr,
 ):  # fmt: skip
-    """Addresses, scales and validity of a tile of the line that both lists make; nothing is valid past ``last``."""
+    """Slots of a tile of the line that both lists make; none past ``last``."""
     if HAS_EXTRA:
         if tile < swa_tiles:
             slots = _slots_at(swa_indices, swa_begin, gl.where(tile < last, swa_length, 0), tile)
-            rows, scales, valid = _addresses(swa_cache, swa_block_stride, swa_rows, slots, SWA_BLOCK)
         else:
             slots = _slots_at(extra_indices, extra_begin, gl.where(tile < last, extra_length, 0), tile - swa_tiles)
-            rows, scales, valid = _addresses(extra_cache, extra_block_stride, extra_rows, slots, EXTRA_BLOCK)
     else:
         slots = _slots_at(swa_indices, swa_begin, gl.where(tile < last, swa_length, 0), tile)
+    return slots
+
+
+@gluon.jit
+def _tile_addresses(
+    slots, tile, swa_tiles, swa_cache, swa_rows, swa_block_stride, extra_cache, extra_rows, extra_block_stride,
+    SWA_BLOCK: gl.constexpr, EXTRA_BLOCK: gl.constexpr, HAS_EXTRA: gl.constexpr,
+):  # fmt: skip
+    """Where a tile's keys lie; its lines are asked for."""
+    if HAS_EXTRA:
+        if tile < swa_tiles:
+            rows, scales, valid = _addresses(swa_cache, swa_block_stride, swa_rows, slots, SWA_BLOCK)
+        else:
+            rows, scales, valid = _addresses(extra_cache, extra_block_stride, extra_rows, slots, EXTRA_BLOCK)
+    else:
         rows, scales, valid = _addresses(swa_cache, swa_block_stride, swa_rows, slots, SWA_BLOCK)
+    _ask(rows, valid)
     return rows, scales, valid
 
 
@@ -191,11 +233,18 @@ def _fill(
         first, last, swa_tiles, swa_begin, swa_length, extra_begin, extra_length = _extent(
             row, split, num_splits, swa_indptr, swa_capacity, extra_indptr, extra_capacity, HAS_EXTRA, SPLIT
         )  # fmt: skip
-        rows, scales, valid = _next_tile(
-            first, last, swa_tiles,
-            swa_cache, swa_indices, swa_begin, swa_length, swa_rows, swa_block_stride,
-            extra_cache, extra_indices, extra_begin, extra_length, extra_rows, extra_block_stride,
+        slots = _tile_slots(
+            first, last, swa_tiles, swa_indices, swa_begin, swa_length, extra_indices, extra_begin, extra_length, HAS_EXTRA
+        )  # fmt: skip
+        next_slots = _tile_slots(
+            first + 1, last, swa_tiles, swa_indices, swa_begin, swa_length, extra_indices, extra_begin, extra_length, HAS_EXTRA
+        )  # fmt: skip
+        rows, scales, valid = _tile_addresses(
+            slots, first, swa_tiles, swa_cache, swa_rows, swa_block_stride, extra_cache, extra_rows, extra_block_stride,
             SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+        )  # fmt: skip
+        slots = _tile_slots(
+            first + 2, last, swa_tiles, swa_indices, swa_begin, swa_length, extra_indices, extra_begin, extra_length, HAS_EXTRA
         )  # fmt: skip
         c0 = _load_words(rows, valid, 0, 16)
         c1 = _load_words(rows, valid, 16, 16)
@@ -205,13 +254,18 @@ def _fill(
         c5 = _load_words(rows, valid, 80, 16)
         c6 = _load_words(rows, valid, 96, 16)
         rope = _load_words(rows, valid, 112, 32)
+        next_rows, next_scales, next_valid = _tile_addresses(
+            next_slots, first + 1, swa_tiles, swa_cache, swa_rows, swa_block_stride, extra_cache, extra_rows, extra_block_stride,
+            SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+        )  # fmt: skip
         for tile in range(first, last):
-            # The next tile's bytes are asked for as this one's registers come free: a tile's time to arrive.
-            rows, next_scales, next_valid = _next_tile(
-                tile + 1, last, swa_tiles,
-                swa_cache, swa_indices, swa_begin, swa_length, swa_rows, swa_block_stride,
-                extra_cache, extra_indices, extra_begin, extra_length, extra_rows, extra_block_stride,
+            # Asked for two tiles ahead, loaded one ahead: what is loaded has arrived in the L2, and slots in registers.
+            later_rows, later_scales, later_valid = _tile_addresses(
+                slots, tile + 2, swa_tiles, swa_cache, swa_rows, swa_block_stride, extra_cache, extra_rows, extra_block_stride,
                 SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+            )  # fmt: skip
+            slots = _tile_slots(
+                tile + 3, last, swa_tiles, swa_indices, swa_begin, swa_length, extra_indices, extra_begin, extra_length, HAS_EXTRA
             )  # fmt: skip
             at = step % 2
             mbarrier.wait(empty.index(at), ((step // 2) & 1) ^ 1)
@@ -219,25 +273,26 @@ def _fill(
             high = keys.index(2 * at + 1)._reinterpret(gl.int32, [_KEYS, _HALF // 2], _WORDS)
             live.index(at).store(valid.to(gl.int32))
             _store_group(low, high, c0, scales, 0)
-            c0 = _load_words(rows, next_valid, 0, 16)
             _store_group(low, high, c1, scales, 1)
-            c1 = _load_words(rows, next_valid, 16, 16)
             _store_group(low, high, c2, scales, 2)
-            c2 = _load_words(rows, next_valid, 32, 16)
             _store_group(low, high, c3, scales, 3)
-            c3 = _load_words(rows, next_valid, 48, 16)
             _store_group(low, high, c4, scales, 4)
-            c4 = _load_words(rows, next_valid, 64, 16)
             _store_group(low, high, c5, scales, 5)
-            c5 = _load_words(rows, next_valid, 80, 16)
             _store_group(low, high, c6, scales, 6)
-            c6 = _load_words(rows, next_valid, 96, 16)
             high.slice(96, 32, dim=1).store(rope)
-            rope = _load_words(rows, next_valid, 112, 32)
             fence_async_shared()
             mbarrier.arrive(full.index(at), count=1)
-            scales = next_scales
-            valid = next_valid
+            # Only now: the fence waits for every load that is still under way.
+            rows, scales, valid = next_rows, next_scales, next_valid
+            c0 = _load_words(rows, valid, 0, 16)
+            c1 = _load_words(rows, valid, 16, 16)
+            c2 = _load_words(rows, valid, 32, 16)
+            c3 = _load_words(rows, valid, 48, 16)
+            c4 = _load_words(rows, valid, 64, 16)
+            c5 = _load_words(rows, valid, 80, 16)
+            c6 = _load_words(rows, valid, 96, 16)
+            rope = _load_words(rows, valid, 112, 32)
+            next_rows, next_scales, next_valid = later_rows, later_scales, later_valid
             step += 1
 
 
@@ -425,7 +480,7 @@ def _lead(
 def _follow(
     keys, weights_tiles, decays, shares, full, empty, ready, done, taken,
     items, num_rows, num_heads, num_splits,
-    swa_indptr, swa_capacity, extra_indptr, extra_capacity,
+    swa_indptr, swa_capacity, extra_indptr, extra_capacity, q, q_stride_t, q_stride_h,
     out, parts, positions, cos, sin, out_stride_t, out_stride_h, cos_stride, sin_stride, num_positions,
     HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr, HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
@@ -437,6 +492,7 @@ def _follow(
         first, last, _t, _b, _l, _eb, _el = _extent(
             row, split, num_splits, swa_indptr, swa_capacity, extra_indptr, extra_capacity, HAS_EXTRA, SPLIT
         )  # fmt: skip
+        _ask_queries(q, q_stride_t, q_stride_h, num_rows, num_heads, item + gl.num_programs(0), items)
         output = gl.zeros([_HEADS, _HALF], gl.float32, layout=_OUTPUT)
         for tile in range(first, last):
             at = step % 2
@@ -539,7 +595,7 @@ def _hopper_decode_kernel(
             (_follow, (
                 keys, weights_tiles, decays, shares, full, empty, ready, done, taken,
                 items, num_rows, num_heads, num_splits,
-                swa_indptr, swa_capacity, extra_indptr, extra_capacity,
+                swa_indptr, swa_capacity, extra_indptr, extra_capacity, q, q_stride_t, q_stride_h,
                 out, parts, positions, cos, sin, out_stride_t, out_stride_h, cos_stride, sin_stride, num_positions,
                 HAS_EXTRA, SPLIT, HAS_ROPE,
             )),

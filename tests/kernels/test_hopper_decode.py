@@ -175,7 +175,8 @@ def test_rows_without_keys_are_zero_and_holes_are_skipped(splits: int, build: Bu
 def test_pages_of_any_size_and_calls_without_a_sink(options: dict[str, Any], build: Builder) -> None:
     call = build.small(heads=64, **options)
     call.check(*run(call, 1))
-    call.check(*run(replace(call, extra=None), 2))
+    alone = replace(call, extra=None)
+    alone.check(*run(alone, 2))
 
 
 @needs_sm_90
