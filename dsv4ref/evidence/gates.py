@@ -81,7 +81,9 @@ class Gate:
 
     def __post_init__(self) -> None:
         if all(check.optional for check in self.checks):
-            raise ValueError("checks: got none, expected at least one that is not optional (a gate must be able to fail)")
+            raise ValueError(
+                "checks: got none, expected at least one that is not optional (a gate must be able to fail)"
+            )
 
     @property
     def name(self) -> str:

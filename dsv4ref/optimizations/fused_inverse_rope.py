@@ -137,8 +137,9 @@ def decode(
     """
     s = inputs.step
     return split_k_decode(
-        s.q, s.swa, s.extra, sink=s.sink, scale=s.scale, rotation=rotation, splits=inputs.splits, path="triton", **memory
-    )
+        s.q, s.swa, s.extra, sink=s.sink, scale=s.scale, rotation=rotation, splits=inputs.splits, path="triton",
+        **memory,
+    )  # fmt: skip
 
 
 def eager_rotation(x: Tensor, rotation: QueryRotation) -> Tensor:

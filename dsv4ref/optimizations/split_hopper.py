@@ -64,5 +64,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> str:
         if peers:
             mean = statistics.geometric_mean(peers)
             span = f"{min(peers):.2f} to {max(peers):.2f}"
-            lines.append(f"  FlashMLA / gluon: geometric mean {mean:.2f} over {len(peers)} cases, {span}; aimed at {PEER_GOAL}")
+            lines.append(
+                f"  FlashMLA / gluon: geometric mean {mean:.2f} over {len(peers)} cases, {span}; aimed at {PEER_GOAL}"
+            )
     return "\n".join(lines) or "no record of this kernel ships"

@@ -97,16 +97,33 @@ def _list_of(indptr, row, capacity):
 
 
 @gluon.jit
-def _addresses(cache, block_stride, num_rows, slots, BLOCK_SIZE: gl.constexpr):
-    """Pointers to a tile's rows, their eight scale bytes as one word, and which slots are valid."""
-    valid = (slots >= 0) & (slots < num_rows)
-    # int64 before the product: block * stride passes 2^31 in caches of a few GB (H26).
-    block = cache + (slots // BLOCK_SIZE).to(gl.int64) * block_stride
-    position = slots % BLOCK_SIZE
-    rows = (block + position * _ROW_BYTES).to(gl.pointer_type(gl.int32))
-    at = (block + (BLOCK_SIZE * _ROW_BYTES + position * _SCALE_SLOTS)).to(gl.pointer_type(gl.uint64))
-    scales = gl.load(at, mask=valid, other=0x7F7F7F7F7F7F7F7F)
-    return rows, scales, valid
+def _place(item, sizes):
+    """Head block, row and split of a piece of work; the head blocks of a row, which share its keys, are neighbours."""
+    _, num_rows, num_heads, _ = sizes
+    blocks = (num_heads + _HEADS - 1) // _HEADS
+    rest = item // blocks
+    return item % blocks, (rest % num_rows).to(gl.int64), rest // num_rows
+
+
+@gluon.jit
+def _line_of(item, sizes, swa, extra, HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr):
+    """A piece's tiles, first to last, of the line of tiles that both lists of its row make; where the lists lie."""
+    _, row, split = _place(item, sizes)
+    swa_begin, swa_length = _list_of(swa[2], row, swa[3])
+    swa_tiles = (swa_length + _KEYS - 1) // _KEYS
+    extra_begin, extra_length = swa_begin, swa_length * 0
+    first, last = swa_tiles * 0, swa_tiles
+    if HAS_EXTRA:
+        extra_begin, extra_length = _list_of(extra[2], row, extra[3])
+        last += (extra_length + _KEYS - 1) // _KEYS
+    if SPLIT:
+        share = (last + sizes[3] - 1) // sizes[3]
+        first = gl.minimum(split * share, last)
+        last = gl.minimum(first + share, last)
+    return first, last, swa_tiles, swa_begin, swa_length, extra_begin, extra_length
+
+
+# --- the warps that fill ---
 
 
 @gluon.jit
@@ -114,6 +131,33 @@ def _slots_at(indices, begin, length, tile):
     """Slots of one tile of a list, -1 beyond its end."""
     lanes = tile * _KEYS + gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _FILL))
     return gl.load(indices + begin + lanes, mask=(lanes >= 0) & (lanes < length), other=-1)
+
+
+@gluon.jit
+def _slots_of(tile, line, swa, extra, HAS_EXTRA: gl.constexpr):
+    """Slots of a tile of the line; -1 past its last tile."""
+    _, last, swa_tiles, swa_begin, swa_length, extra_begin, extra_length = line
+    if HAS_EXTRA:
+        if tile < swa_tiles:
+            slots = _slots_at(swa[1], swa_begin, gl.where(tile < last, swa_length, 0), tile)
+        else:
+            slots = _slots_at(extra[1], extra_begin, gl.where(tile < last, extra_length, 0), tile - swa_tiles)
+    else:
+        slots = _slots_at(swa[1], swa_begin, gl.where(tile < last, swa_length, 0), tile)
+    return slots
+
+
+@gluon.jit
+def _addresses(scope, slots, BLOCK_SIZE: gl.constexpr):
+    """Pointers to a tile's rows, their eight scale bytes as one word, and which slots are valid."""
+    cache, _, _, _, num_rows, block_stride = scope
+    valid = (slots >= 0) & (slots < num_rows)
+    # int64 before the product: block * stride passes 2^31 in caches of a few GB (H26).
+    block = cache + (slots // BLOCK_SIZE).to(gl.int64) * block_stride
+    position = slots % BLOCK_SIZE
+    rows = (block + position * _ROW_BYTES).to(gl.pointer_type(gl.int32))
+    at = (block + (BLOCK_SIZE * _ROW_BYTES + position * _SCALE_SLOTS)).to(gl.pointer_type(gl.uint64))
+    return rows, gl.load(at, mask=valid, other=0x7F7F7F7F7F7F7F7F), valid
 
 
 @gluon.jit
@@ -127,14 +171,19 @@ def _ask(rows, valid):
 
 
 @gluon.jit
-def _ask_queries(q, q_stride_t, q_stride_h, num_rows, num_heads, item, items):
-    """Bring a later piece's queries into the L2, 128 bytes at a time, if there is such a piece."""
-    head_block, row, split = _place(item, num_rows, num_heads)
-    heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _ASK_LINES))
-    lines = gl.arange(0, 8, layout=gl.SliceLayout(0, _ASK_LINES)) * 64
-    at = q + row * q_stride_t + heads.to(gl.int64)[:, None] * q_stride_h + lines[None, :]
-    at = gl.where(((heads < num_heads) & (item < items))[:, None], at.to(gl.int64), 0)
-    gl.inline_asm_elementwise(_ASK_LINE, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
+def _keys_of(
+    slots, tile, line, swa, extra, SWA_BLOCK: gl.constexpr, EXTRA_BLOCK: gl.constexpr, HAS_EXTRA: gl.constexpr
+):  # fmt: skip
+    """Where a tile's keys lie, with their scales and validity; the rows are asked for."""
+    if HAS_EXTRA:
+        if tile < line[2]:
+            rows, scales, valid = _addresses(swa, slots, SWA_BLOCK)
+        else:
+            rows, scales, valid = _addresses(extra, slots, EXTRA_BLOCK)
+    else:
+        rows, scales, valid = _addresses(swa, slots, SWA_BLOCK)
+    _ask(rows, valid)
+    return rows, scales, valid
 
 
 @gluon.jit
@@ -145,8 +194,8 @@ def _load_words(rows, valid, FIRST: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _store_group(low_half, high_half, codes, scales, GROUP: gl.constexpr):
-    """Dequantise 64 codes of each key and put them into the tile's columns, two to a word."""
+def _store_group(half, codes, scales, GROUP: gl.constexpr):
+    """Dequantise 64 codes of each key and put them into their half of a tile, two to a word."""
     byte = (scales >> (8 * GROUP)).to(gl.int32) & 0xFF
     bits = byte << 7
     bits = gl.where(byte == 0, 0x0040, bits)
@@ -155,145 +204,65 @@ def _store_group(low_half, high_half, codes, scales, GROUP: gl.constexpr):
     low, high = gl.inline_asm_elementwise(
         _DECODE, _DECODE_CONSTRAINTS, [codes, factor], dtype=(gl.int32, gl.int32), is_pure=True, pack=4
     )  # fmt: skip
-    tile = low_half if GROUP < 4 else high_half
-    tile.slice((GROUP % 4) * 32, 32, dim=1).store(gl.join(low, high).reshape([_KEYS, 32]))
+    half.slice((GROUP % 4) * 32, 32, dim=1).store(gl.join(low, high).reshape([_KEYS, 32]))
 
 
 @gluon.jit
-def _tile_slots(
-    tile, last, swa_tiles, swa_indices, swa_begin, swa_length, extra_indices, extra_begin, extra_length,
-    HAS_EXTRA: gl.constexpr,
-):  # fmt: skip
-    """Slots of a tile of the line that both lists make; none past ``last``."""
-    if HAS_EXTRA:
-        if tile < swa_tiles:
-            slots = _slots_at(swa_indices, swa_begin, gl.where(tile < last, swa_length, 0), tile)
-        else:
-            slots = _slots_at(extra_indices, extra_begin, gl.where(tile < last, extra_length, 0), tile - swa_tiles)
-    else:
-        slots = _slots_at(swa_indices, swa_begin, gl.where(tile < last, swa_length, 0), tile)
-    return slots
-
-
-@gluon.jit
-def _tile_addresses(
-    slots, tile, swa_tiles, swa_cache, swa_rows, swa_block_stride, extra_cache, extra_rows, extra_block_stride,
-    SWA_BLOCK: gl.constexpr, EXTRA_BLOCK: gl.constexpr, HAS_EXTRA: gl.constexpr,
-):  # fmt: skip
-    """Where a tile's keys lie; its lines are asked for."""
-    if HAS_EXTRA:
-        if tile < swa_tiles:
-            rows, scales, valid = _addresses(swa_cache, swa_block_stride, swa_rows, slots, SWA_BLOCK)
-        else:
-            rows, scales, valid = _addresses(extra_cache, extra_block_stride, extra_rows, slots, EXTRA_BLOCK)
-    else:
-        rows, scales, valid = _addresses(swa_cache, swa_block_stride, swa_rows, slots, SWA_BLOCK)
-    _ask(rows, valid)
-    return rows, scales, valid
-
-
-@gluon.jit
-def _place(item, num_rows, num_heads):
-    """Which head block, row and split a piece of work is; head blocks of one row, which share its keys, come together."""
-    blocks = (num_heads + _HEADS - 1) // _HEADS
-    rest = item // blocks
-    return item % blocks, (rest % num_rows).to(gl.int64), rest // num_rows
-
-
-@gluon.jit
-def _extent(
-    row, split, num_splits, swa_indptr, swa_capacity, extra_indptr, extra_capacity,
-    HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr,
-):  # fmt: skip
-    """The tiles of a split, of the line of tiles that both lists of a row make, and where the lists lie."""
-    swa_begin, swa_length = _list_of(swa_indptr, row, swa_capacity)
-    swa_tiles = (swa_length + _KEYS - 1) // _KEYS
-    extra_begin, extra_length = swa_begin, swa_length * 0
-    first, last = swa_tiles * 0, swa_tiles
-    if HAS_EXTRA:
-        extra_begin, extra_length = _list_of(extra_indptr, row, extra_capacity)
-        last += (extra_length + _KEYS - 1) // _KEYS
-    if SPLIT:
-        share = (last + num_splits - 1) // num_splits
-        first = gl.minimum(split * share, last)
-        last = gl.minimum(first + share, last)
-    return first, last, swa_tiles, swa_begin, swa_length, extra_begin, extra_length
+def _load_rows(rows, valid):
+    """A tile's raw bytes: seven groups of 64 codes, and the rope dims."""
+    return (
+        _load_words(rows, valid, 0, 16),
+        _load_words(rows, valid, 16, 16),
+        _load_words(rows, valid, 32, 16),
+        _load_words(rows, valid, 48, 16),
+        _load_words(rows, valid, 64, 16),
+        _load_words(rows, valid, 80, 16),
+        _load_words(rows, valid, 96, 16),
+        _load_words(rows, valid, 112, 32),
+    )
 
 
 @gluon.jit
 def _fill(
-    keys, live, full, empty, items, num_rows, num_heads, num_splits,
-    swa_cache, swa_indices, swa_indptr, swa_capacity, swa_rows, swa_block_stride,
-    extra_cache, extra_indices, extra_indptr, extra_capacity, extra_rows, extra_block_stride,
+    keys, live, full, empty, sizes, swa, extra,
     SWA_BLOCK: gl.constexpr, EXTRA_BLOCK: gl.constexpr, HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     step = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        head_block, row, split = _place(item, num_rows, num_heads)
-        first, last, swa_tiles, swa_begin, swa_length, extra_begin, extra_length = _extent(
-            row, split, num_splits, swa_indptr, swa_capacity, extra_indptr, extra_capacity, HAS_EXTRA, SPLIT
-        )  # fmt: skip
-        slots = _tile_slots(
-            first, last, swa_tiles, swa_indices, swa_begin, swa_length, extra_indices, extra_begin, extra_length, HAS_EXTRA
-        )  # fmt: skip
-        next_slots = _tile_slots(
-            first + 1, last, swa_tiles, swa_indices, swa_begin, swa_length, extra_indices, extra_begin, extra_length, HAS_EXTRA
-        )  # fmt: skip
-        rows, scales, valid = _tile_addresses(
-            slots, first, swa_tiles, swa_cache, swa_rows, swa_block_stride, extra_cache, extra_rows, extra_block_stride,
-            SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
-        )  # fmt: skip
-        slots = _tile_slots(
-            first + 2, last, swa_tiles, swa_indices, swa_begin, swa_length, extra_indices, extra_begin, extra_length, HAS_EXTRA
-        )  # fmt: skip
-        c0 = _load_words(rows, valid, 0, 16)
-        c1 = _load_words(rows, valid, 16, 16)
-        c2 = _load_words(rows, valid, 32, 16)
-        c3 = _load_words(rows, valid, 48, 16)
-        c4 = _load_words(rows, valid, 64, 16)
-        c5 = _load_words(rows, valid, 80, 16)
-        c6 = _load_words(rows, valid, 96, 16)
-        rope = _load_words(rows, valid, 112, 32)
-        next_rows, next_scales, next_valid = _tile_addresses(
-            next_slots, first + 1, swa_tiles, swa_cache, swa_rows, swa_block_stride, extra_cache, extra_rows, extra_block_stride,
-            SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+    for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
+        line = _line_of(item, sizes, swa, extra, HAS_EXTRA, SPLIT)
+        first, last = line[0], line[1]
+        slots = _slots_of(first, line, swa, extra, HAS_EXTRA)
+        next_slots = _slots_of(first + 1, line, swa, extra, HAS_EXTRA)
+        rows, scales, valid = _keys_of(slots, first, line, swa, extra, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA)
+        slots = _slots_of(first + 2, line, swa, extra, HAS_EXTRA)
+        raw = _load_rows(rows, valid)
+        next_rows, next_scales, next_valid = _keys_of(
+            next_slots, first + 1, line, swa, extra, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA
         )  # fmt: skip
         for tile in range(first, last):
             # Asked for two tiles ahead, loaded one ahead: what is loaded has arrived in the L2, and slots in registers.
-            later_rows, later_scales, later_valid = _tile_addresses(
-                slots, tile + 2, swa_tiles, swa_cache, swa_rows, swa_block_stride, extra_cache, extra_rows, extra_block_stride,
-                SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+            later_rows, later_scales, later_valid = _keys_of(
+                slots, tile + 2, line, swa, extra, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA
             )  # fmt: skip
-            slots = _tile_slots(
-                tile + 3, last, swa_tiles, swa_indices, swa_begin, swa_length, extra_indices, extra_begin, extra_length, HAS_EXTRA
-            )  # fmt: skip
+            slots = _slots_of(tile + 3, line, swa, extra, HAS_EXTRA)
             at = step % 2
             mbarrier.wait(empty.index(at), ((step // 2) & 1) ^ 1)
             low = keys.index(2 * at)._reinterpret(gl.int32, [_KEYS, _HALF // 2], _WORDS)
             high = keys.index(2 * at + 1)._reinterpret(gl.int32, [_KEYS, _HALF // 2], _WORDS)
             live.index(at).store(valid.to(gl.int32))
-            _store_group(low, high, c0, scales, 0)
-            _store_group(low, high, c1, scales, 1)
-            _store_group(low, high, c2, scales, 2)
-            _store_group(low, high, c3, scales, 3)
-            _store_group(low, high, c4, scales, 4)
-            _store_group(low, high, c5, scales, 5)
-            _store_group(low, high, c6, scales, 6)
-            high.slice(96, 32, dim=1).store(rope)
+            for group in gl.static_range(7):
+                _store_group(low if group < 4 else high, raw[group], scales, group)
+            high.slice(96, 32, dim=1).store(raw[7])
             fence_async_shared()
             mbarrier.arrive(full.index(at), count=1)
             # Only now: the fence waits for every load that is still under way.
-            rows, scales, valid = next_rows, next_scales, next_valid
-            c0 = _load_words(rows, valid, 0, 16)
-            c1 = _load_words(rows, valid, 16, 16)
-            c2 = _load_words(rows, valid, 32, 16)
-            c3 = _load_words(rows, valid, 48, 16)
-            c4 = _load_words(rows, valid, 64, 16)
-            c5 = _load_words(rows, valid, 80, 16)
-            c6 = _load_words(rows, valid, 96, 16)
-            rope = _load_words(rows, valid, 112, 32)
+            raw = _load_rows(next_rows, next_valid)
+            scales, valid = next_scales, next_valid
             next_rows, next_scales, next_valid = later_rows, later_scales, later_valid
             step += 1
+
+
+# --- the warps that multiply ---
 
 
 @gluon.jit
@@ -313,8 +282,9 @@ def _store_columns(x, out_row, heads, num_heads, out_stride_h, FIRST: gl.constex
 
 
 @gluon.jit
-def _rotate_back(x, positions, cos, sin, row, cos_stride, sin_stride, num_positions):
+def _rotate_back(x, row, turning):
     """a' = a cos + b sin, b' = b cos - a sin on the pairs of the rope dims x ``[64, 64]``, as `merge._rotate_back`."""
+    positions, cos, sin, cos_stride, sin_stride, num_positions = turning
     a, b = gl.split(x.reshape([_HEADS, _ROPE // 2, 2]))
     layout: gl.constexpr = a.type.layout
     position = gl.load(positions + row)
@@ -332,31 +302,31 @@ def _rotate_back(x, positions, cos, sin, row, cos_stride, sin_stride, num_positi
 
 @gluon.jit
 def _write_half(
-    output, share, out, parts, positions, cos, sin,
-    out_stride_t, out_stride_h, cos_stride, sin_stride, num_positions, num_rows, num_heads, row, split, head_block,
+    output, share, targets, strides, turning, item, sizes,
     HALF: gl.constexpr, SPLIT: gl.constexpr, HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
-    """One half of the dims of a program's heads, scaled: to the output, or to the parts where a split saw a key."""
+    """One half of the dims of a piece's heads, scaled: to the output, or to the parts where a split saw a key."""
+    out, parts = targets
+    head_block, row, split = _place(item, sizes)
     heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _OUTPUT))
-    wide = heads.to(gl.int64)
     output = output * share[:, None]
     if SPLIT:
         dims = HALF * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _OUTPUT))
-        place = (split.to(gl.int64) * num_rows + row) * num_heads
+        place = (split.to(gl.int64) * sizes[1] + row) * sizes[2] + heads
         # The share is -1 where nothing was seen; a NaN has been, and shows.
-        seen = (heads < num_heads) & ((share >= 0.0) | (share != share))
-        gl.store(parts + (place + wide)[:, None] * (2 * _HALF) + dims[None, :], output, mask=seen[:, None])
+        seen = (heads < sizes[2]) & ((share >= 0.0) | (share != share))
+        gl.store(parts + place[:, None] * (2 * _HALF) + dims[None, :], output, mask=seen[:, None])
     else:
-        out_row = out + row * out_stride_t
+        out_row = out + row * strides[0]
         if HAS_ROPE and HALF == 1:
             left, right = _columns_cut(output)
             nope, rope = _columns_cut(right)
-            rope = _rotate_back(rope, positions, cos, sin, row, cos_stride, sin_stride, num_positions)
-            _store_columns(left, out_row, heads, num_heads, out_stride_h, 256)
-            _store_columns(nope, out_row, heads, num_heads, out_stride_h, 384)
-            _store_columns(rope, out_row, heads, num_heads, out_stride_h, 448)
+            rope = _rotate_back(rope, row, turning)
+            _store_columns(left, out_row, heads, sizes[2], strides[1], 256)
+            _store_columns(nope, out_row, heads, sizes[2], strides[1], 384)
+            _store_columns(rope, out_row, heads, sizes[2], strides[1], 448)
         else:
-            _store_columns(output, out_row, heads, num_heads, out_stride_h, HALF * 256)
+            _store_columns(output, out_row, heads, sizes[2], strides[1], HALF * 256)
 
 
 @gluon.jit
@@ -385,25 +355,22 @@ def _weigh(scores, live, row_max, row_sum, scale_log2, weights_tile, decays, rea
 
 @gluon.jit
 def _lead(
-    query, keys, weights_tiles, decays, shares, live, full, empty, ready, done, taken,
-    items, num_rows, num_heads, num_splits,
-    swa_indptr, swa_capacity, extra_indptr, extra_capacity,
-    q, out, lse, sink, parts, part_lses,
-    q_stride_t, q_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, scale_log2,
+    query, keys, weights_tiles, decays, shares, live, full, empty, ready, done, taken, sizes, swa, extra,
+    q, lse, sink, part_lses, targets, q_strides, out_strides, lse_strides, scale_log2,
     HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr, HAS_SINK: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     per_row: gl.constexpr = gl.SliceLayout(1, _SCORES)
     per_key: gl.constexpr = gl.SliceLayout(0, _SCORES)
+    _, num_rows, num_heads, _ = sizes
     step = 0
     turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        head_block, row, split = _place(item, num_rows, num_heads)
-        first, last, _t, _b, _l, _eb, _el = _extent(
-            row, split, num_splits, swa_indptr, swa_capacity, extra_indptr, extra_capacity, HAS_EXTRA, SPLIT
-        )  # fmt: skip
+    for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
+        head_block, row, split = _place(item, sizes)
+        line = _line_of(item, sizes, swa, extra, HAS_EXTRA, SPLIT)
+        first, last = line[0], line[1]
         copied = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _COPY))
         dims = gl.arange(0, _HALF, layout=gl.SliceLayout(0, _COPY))
-        q_at = q + row * q_stride_t + copied.to(gl.int64)[:, None] * q_stride_h + dims[None, :]
+        q_at = q + row * q_strides[0] + copied.to(gl.int64)[:, None] * q_strides[1] + dims[None, :]
         low = gl.load(q_at, mask=(copied < num_heads)[:, None], other=0.0)
         high = gl.load(q_at + _HALF, mask=(copied < num_heads)[:, None], other=0.0)
         query.index(0).store(low)
@@ -423,7 +390,7 @@ def _lead(
                 scores, valid, row_max, row_sum, scale_log2, weights_tiles.index(at), decays.index(at), ready.index(at)
             )  # fmt: skip
             # A tile's scores are asked for before the last tile's product, which then runs under this tile's softmax.
-            for tile in range(first + 1, last):
+            for _ in range(first + 1, last):
                 before = step % 2
                 step += 1
                 at = step % 2
@@ -456,7 +423,7 @@ def _lead(
             share = gl.where(unseen, -1.0, share)
         else:
             if HAS_LSE:
-                gl.store(lse + row * lse_stride_t + wide * lse_stride_h, value, mask=heads < num_heads)
+                gl.store(lse + row * lse_strides[0] + wide * lse_strides[1], value, mask=heads < num_heads)
             if HAS_SINK:
                 # l' = l * exp(m - m') + exp(sink - m'), o = acc * exp(m - m') / l'
                 sink_log2 = gl.load(sink + heads, mask=heads < num_heads, other=float("-inf")) * _LOG2_E
@@ -466,35 +433,39 @@ def _lead(
                 absorbed = sink_log2 == float("inf")
                 total = row_sum * decay + gl.where(absorbed, 1.0, gl.exp2(sink_log2 - new_max))
                 share = gl.where(total == 0.0, 0.0, decay / total)
-        mbarrier.wait(taken, (turn & 1) ^ 1)
+        mbarrier.wait(taken, 1 - turn)
         shares.store(share)
         mbarrier.arrive(done, count=1)
-        _write_half(
-            output, gl.convert_layout(share, gl.SliceLayout(1, _OUTPUT)), out, parts, out, out, out,
-            out_stride_t, out_stride_h, 0, 0, 0, num_rows, num_heads, row, split, head_block, 0, SPLIT, False,
-        )  # fmt: skip
-        turn += 1
+        share = gl.convert_layout(share, gl.SliceLayout(1, _OUTPUT))
+        _write_half(output, share, targets, out_strides, (), item, sizes, 0, SPLIT, False)
+        turn = 1 - turn
+
+
+@gluon.jit
+def _ask_queries(q, q_strides, item, sizes):
+    """Bring a later piece's queries into the L2, 128 bytes at a time, if there is such a piece."""
+    head_block, row, _ = _place(item, sizes)
+    heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _ASK_LINES))
+    lines = gl.arange(0, 8, layout=gl.SliceLayout(0, _ASK_LINES)) * 64
+    at = q + row * q_strides[0] + heads.to(gl.int64)[:, None] * q_strides[1] + lines[None, :]
+    at = gl.where(((heads < sizes[2]) & (item < sizes[0]))[:, None], at.to(gl.int64), 0)
+    gl.inline_asm_elementwise(_ASK_LINE, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _follow(
-    keys, weights_tiles, decays, shares, full, empty, ready, done, taken,
-    items, num_rows, num_heads, num_splits,
-    swa_indptr, swa_capacity, extra_indptr, extra_capacity, q, q_stride_t, q_stride_h,
-    out, parts, positions, cos, sin, out_stride_t, out_stride_h, cos_stride, sin_stride, num_positions,
+    keys, weights_tiles, decays, shares, full, empty, ready, done, taken, sizes, swa, extra,
+    q, q_strides, targets, out_strides, turning,
     HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr, HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
     per_row: gl.constexpr = gl.SliceLayout(1, _OUTPUT)
     step = 0
     turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        head_block, row, split = _place(item, num_rows, num_heads)
-        first, last, _t, _b, _l, _eb, _el = _extent(
-            row, split, num_splits, swa_indptr, swa_capacity, extra_indptr, extra_capacity, HAS_EXTRA, SPLIT
-        )  # fmt: skip
-        _ask_queries(q, q_stride_t, q_stride_h, num_rows, num_heads, item + gl.num_programs(0), items)
+    for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
+        line = _line_of(item, sizes, swa, extra, HAS_EXTRA, SPLIT)
+        _ask_queries(q, q_strides, item + gl.num_programs(0), sizes)
         output = gl.zeros([_HEADS, _HALF], gl.float32, layout=_OUTPUT)
-        for tile in range(first, last):
+        for _ in range(line[0], line[1]):
             at = step % 2
             phase = (step // 2) & 1
             mbarrier.wait(full.index(at), phase)
@@ -504,15 +475,11 @@ def _follow(
             output = warpgroup_mma_wait(0, deps=[output])
             mbarrier.arrive(empty.index(at), count=1)
             step += 1
-        mbarrier.wait(done, turn & 1)
+        mbarrier.wait(done, turn)
         share = shares.load(per_row)
         mbarrier.arrive(taken, count=1)
-        _write_half(
-            output, share, out, parts, positions, cos, sin,
-            out_stride_t, out_stride_h, cos_stride, sin_stride, num_positions, num_rows, num_heads, row, split, head_block,
-            1, SPLIT, HAS_ROPE,
-        )  # fmt: skip
-        turn += 1
+        _write_half(output, share, targets, out_strides, turning, item, sizes, 1, SPLIT, HAS_ROPE)
+        turn = 1 - turn
 
 
 @gluon.jit
@@ -562,6 +529,14 @@ def _hopper_decode_kernel(
     FILL_REGISTERS: gl.constexpr,
 ):
     items = (num_heads + _HEADS - 1) // _HEADS * num_rows * num_splits
+    sizes = (items, num_rows, num_heads, num_splits)
+    swa = (swa_cache, swa_indices, swa_indptr, swa_capacity, swa_rows, swa_block_stride)
+    extra = (extra_cache, extra_indices, extra_indptr, extra_capacity, extra_rows, extra_block_stride)
+    q_strides, out_strides = (q_stride_t, q_stride_h), (out_stride_t, out_stride_h)
+    lse_strides = (lse_stride_t, lse_stride_h)
+    targets = (out, parts)
+    turning = (positions, cos, sin, cos_stride, sin_stride, num_positions)
+
     query = gl.allocate_shared_memory(gl.bfloat16, [2, _HEADS, _HALF], _TILE)
     keys = gl.allocate_shared_memory(gl.bfloat16, [4, _KEYS, _HALF], _TILE)
     weights_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, _HEADS, _KEYS], _TILE)
@@ -585,24 +560,17 @@ def _hopper_decode_kernel(
     gl.warp_specialize(
         [
             (_lead, (
-                query, keys, weights_tiles, decays, shares, live, full, empty, ready, done, taken,
-                items, num_rows, num_heads, num_splits,
-                swa_indptr, swa_capacity, extra_indptr, extra_capacity,
-                q, out, lse, sink, parts, part_lses,
-                q_stride_t, q_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, scale_log2,
+                query, keys, weights_tiles, decays, shares, live, full, empty, ready, done, taken, sizes, swa, extra,
+                q, lse, sink, part_lses, targets, q_strides, out_strides, lse_strides, scale_log2,
                 HAS_EXTRA, SPLIT, HAS_SINK, HAS_LSE,
             )),
             (_follow, (
-                keys, weights_tiles, decays, shares, full, empty, ready, done, taken,
-                items, num_rows, num_heads, num_splits,
-                swa_indptr, swa_capacity, extra_indptr, extra_capacity, q, q_stride_t, q_stride_h,
-                out, parts, positions, cos, sin, out_stride_t, out_stride_h, cos_stride, sin_stride, num_positions,
+                keys, weights_tiles, decays, shares, full, empty, ready, done, taken, sizes, swa, extra,
+                q, q_strides, targets, out_strides, turning,
                 HAS_EXTRA, SPLIT, HAS_ROPE,
             )),
             (_fill, (
-                keys, live, full, empty, items, num_rows, num_heads, num_splits,
-                swa_cache, swa_indices, swa_indptr, swa_capacity, swa_rows, swa_block_stride,
-                extra_cache, extra_indices, extra_indptr, extra_capacity, extra_rows, extra_block_stride,
+                keys, live, full, empty, sizes, swa, extra,
                 SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA, SPLIT,
             )),
         ],

@@ -5,6 +5,7 @@ The parent reads one JSON object per line: the variant, and what `ptxas -v` and 
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -12,16 +13,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-import dsv4ref.kernels.sparse_mla
-
-IMPORTED_EARLY = "dsv4ref.kernels.sparse_mla.hopper_kernel" in sys.modules
+from dsv4ref.kernels import sparse_mla
 
 # isort: split
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from dsv4ref.kernels.sparse_mla import hopper_kernel
+IMPORTED_EARLY = f"{sparse_mla.__name__}.hopper_kernel" in sys.modules
+hopper_kernel = importlib.import_module(f"{sparse_mla.__name__}.hopper_kernel")
 
 KERNEL = hopper_kernel._hopper_decode_kernel
 POINTERS = {
@@ -69,7 +69,8 @@ def main() -> None:
         ptx, said = kernel.asm["ptx"], assembled(kernel.asm["ptx"])
         registers = re.search(r"Used (\d+) registers", said)
         spilt = re.search(r"(\d+) bytes spill stores", said)
-        assert registers is not None and spilt is not None, said
+        assert registers is not None, said
+        assert spilt is not None, said
         row = {
             "variant": name,
             "imported_early": IMPORTED_EARLY,
