@@ -44,7 +44,6 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 _FILL = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
-_ASK = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0]))
 _ASK_LINES = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
@@ -82,7 +81,6 @@ def _ask_asm(instruction: str) -> str:
     return "\n".join(["{", ".reg .pred p;", "setp.ne.b64 p, $1, 0;", f"@p {instruction};", "mov.b32 $0, 0;", "}"])
 
 
-_ASK_KEYS = gl.constexpr(_ask_asm("cp.async.bulk.prefetch.L2.global [$1], 144"))
 _ASK_LINE = gl.constexpr(_ask_asm("prefetch.global.L2 [$1]"))
 _DECODE = gl.constexpr(_decode_asm())
 _DECODE_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
@@ -161,20 +159,10 @@ def _addresses(scope, slots, BLOCK_SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _ask(rows, valid):
-    """Bring the rows of valid slots into the L2, a quarter of one at a time; nobody waits for them."""
-    quarters = gl.arange(0, 4, layout=gl.SliceLayout(0, _ASK)) * (_ROW_BYTES // 16)
-    at = gl.convert_layout(rows, gl.SliceLayout(1, _ASK), assert_trivial=True)[:, None] + quarters[None, :]
-    valid = gl.convert_layout(valid, gl.SliceLayout(1, _ASK), assert_trivial=True)
-    at = gl.where(valid[:, None], at.to(gl.int64), 0)
-    gl.inline_asm_elementwise(_ASK_KEYS, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _keys_of(
     slots, tile, line, swa, extra, SWA_BLOCK: gl.constexpr, EXTRA_BLOCK: gl.constexpr, HAS_EXTRA: gl.constexpr
 ):  # fmt: skip
-    """Where a tile's keys lie, with their scales and validity; the rows are asked for."""
+    """Where a tile's keys lie, with their scales and validity."""
     if HAS_EXTRA:
         if tile < line[2]:
             rows, scales, valid = _addresses(swa, slots, SWA_BLOCK)
@@ -182,7 +170,6 @@ def _keys_of(
             rows, scales, valid = _addresses(extra, slots, EXTRA_BLOCK)
     else:
         rows, scales, valid = _addresses(swa, slots, SWA_BLOCK)
-    _ask(rows, valid)
     return rows, scales, valid
 
 
@@ -380,7 +367,7 @@ def _lead(
         output = gl.zeros([_HEADS, _HALF], gl.float32, layout=_OUTPUT)
         row_max = gl.full([_HEADS], _LOWEST, gl.float32, layout=per_row)
         row_sum = gl.zeros([_HEADS], gl.float32, layout=per_row)
-        if first < last:
+        for _ in range(first, last):
             at = step % 2
             mbarrier.wait(full.index(at), (step // 2) & 1)
             scores = _scores(query, keys, at)
@@ -389,24 +376,8 @@ def _lead(
             decay, row_max, row_sum = _weigh(
                 scores, valid, row_max, row_sum, scale_log2, weights_tiles.index(at), decays.index(at), ready.index(at)
             )  # fmt: skip
-            # A tile's scores are asked for before the last tile's product, which then runs under this tile's softmax.
-            for _ in range(first + 1, last):
-                before = step % 2
-                step += 1
-                at = step % 2
-                mbarrier.wait(full.index(at), (step // 2) & 1)
-                scores = _scores(query, keys, at)
-                output = warpgroup_mma(weights_tiles.index(before), keys.index(2 * before), output, is_async=True)
-                valid = live.index(at).load(per_key)
-                scores, output = warpgroup_mma_wait(1, deps=[scores, output])
-                decay, row_max, row_sum = _weigh(
-                    scores, valid, row_max, row_sum, scale_log2, weights_tiles.index(at), decays.index(at),
-                    ready.index(at),
-                )  # fmt: skip
-                output = warpgroup_mma_wait(0, deps=[output])
-                mbarrier.arrive(empty.index(before), count=1)
-                output = output * gl.convert_layout(decay, gl.SliceLayout(1, _OUTPUT))[:, None]
-            at = step % 2
+            output = output * gl.convert_layout(decay, gl.SliceLayout(1, _OUTPUT))[:, None]
+            # At once: the tile is given back as soon as it can be, and the next one is being filled meanwhile.
             output = warpgroup_mma(weights_tiles.index(at), keys.index(2 * at), output, is_async=True)
             output = warpgroup_mma_wait(0, deps=[output])
             mbarrier.arrive(empty.index(at), count=1)
