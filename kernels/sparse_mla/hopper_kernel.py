@@ -1,12 +1,11 @@
-"""The Gluon kernel behind `hopper_decode`: one program per (64 heads, row, split), its warps divided into two roles.
+"""The Gluon kernel behind `hopper_decode`: pieces of work of 64 heads of a row and split, warps divided into three roles.
 
-Four warps fill, eight compute; two key tiles in shared memory stand between them, each with a "full" and an "empty"
-mbarrier::
+Two places for key tiles in shared memory stand between the roles, each with a "full" and an "empty" mbarrier::
 
-    fill     slots -> addresses -> raw bytes in registers, one tile ahead; codes to bf16 with integer moves and two
-             packed multiplies; bf16 [64, 512] into the tile that is empty
-    compute  S = Q K^T (wgmma), online softmax in base 2, P to shared memory, O += P K (wgmma); each of two warpgroups
-             holds half of the keys' columns of S and half of the dims of O
+    fill     4 warps: slots, addresses and scales two tiles ahead, raw bytes in registers one ahead; codes to bf16 with
+             integer moves and packed multiplies; bf16 [64, 512] into the place that is empty
+    lead     4 warps: S = Q K^T (wgmma), online softmax in base 2, P to shared memory, O += P K for dims 0..255
+    follow   4 warps: O += P K for dims 256..511; they ask the L2 for the next piece's queries
 
 What a row, a split, an invalid slot and an empty list mean is what `split_decode` says; so are the parts and LSEs that
 several splits leave for its reduce kernel.
@@ -30,7 +29,7 @@ __all__ = ["FILL_REGISTERS", "FOLLOW_REGISTERS", "WARPS"]
 
 WARPS = 4
 FOLLOW_REGISTERS = 160
-FILL_REGISTERS = 136
+FILL_REGISTERS = 144
 
 _HEADS = gl.constexpr(64)
 _KEYS = gl.constexpr(64)
