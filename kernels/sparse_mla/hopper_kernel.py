@@ -1,4 +1,4 @@
-"""The Gluon kernel behind `hopper_decode`: pieces of work of 64 heads of a row and split, warps divided into three roles.
+"""The Gluon kernel behind `hopper_decode`: pieces of work of 64 heads of a row and split, warps in three roles.
 
 Two places for key tiles in shared memory stand between the roles, each with a "full" and an "empty" mbarrier::
 

@@ -205,7 +205,7 @@ def test_the_rotation_is_that_of_the_reference(splits: int, build: Builder, devi
 
 
 def one_key_each(build: Builder, codes: Tensor, scales: Sequence[int], device: str) -> Call:
-    """Rows of one key each, whose codes start one further on and whose seven scales are ``scales[row]``; zero queries."""
+    """Rows of one key each: codes that start one further on, ``scales[row]`` for its seven scales; zero queries."""
     cache = build.cache(64)
     block = cache.data.as_strided((cache.block_stride,), (1,))
     for row, scale in enumerate(scales):
