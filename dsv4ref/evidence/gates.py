@@ -30,11 +30,15 @@ Relation = Literal["bit", "exact", "budget"]
 
 @dataclass(frozen=True)
 class Check:
-    """One relation on one output; `tolerance` names a row of `compare.TOLERANCES` and goes with ``budget`` only."""
+    """One relation on one output; `tolerance` names a row of `compare.TOLERANCES` and goes with ``budget`` only.
+
+    An `optional` output is one that some devices cannot produce: its absence passes, and the verdict says so.
+    """
 
     output: str
     relation: Relation
     tolerance: str | None = None
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if self.relation not in ("bit", "exact", "budget"):
@@ -49,11 +53,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A gate's result: passed only if every comparison passed; `detail` is the worst line, for people."""
+    """A gate's result: passed only if every comparison passed; `detail` is the worst line, for people.
+
+    `absent` names optional outputs that the candidate did not produce, and that nothing was thus said about.
+    """
 
     gate: str
     passed: bool
     comparisons: tuple[Comparison, ...]
+    absent: tuple[str, ...] = ()
 
     @property
     def detail(self) -> str:
@@ -61,7 +69,8 @@ class Verdict:
         for comparison in self.comparisons:
             if not comparison.passed:
                 return comparison.detail
-        return "; ".join(c.detail for c in self.comparisons)
+        said = [c.detail for c in self.comparisons]
+        return "; ".join([*said, *(f"{output}: does not exist here" for output in self.absent)])
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,10 @@ class Gate:
     checks: tuple[Check, ...]
 
     def __post_init__(self) -> None:
-        if not self.checks:
-            raise ValueError("checks: got none, expected at least one (a gate must be able to fail)")
+        if all(check.optional for check in self.checks):
+            raise ValueError(
+                "checks: got none, expected at least one that is not optional (a gate must be able to fail)"
+            )
 
     @property
     def name(self) -> str:
@@ -92,12 +103,12 @@ class Gate:
             yardstick: the straightforward implementation's outputs, where a tolerance asks for one.
 
         Returns:
-            Verdict. A missing output fails; it does not raise.
+            Verdict. A missing output fails, unless its check is optional; it does not raise.
         """
-        return Verdict(
-            self.name,
-            *_fold([self._compare(check, candidate, baseline, reference, yardstick or {}) for check in self.checks]),
-        )
+        absent = tuple(c.output for c in self.checks if c.optional and c.output not in candidate)
+        checks = [check for check in self.checks if check.output not in absent]
+        compared = [self._compare(check, candidate, baseline, reference, yardstick or {}) for check in checks]
+        return Verdict(self.name, *_fold(compared), absent)
 
     def _compare(
         self, check: Check, candidate: Outputs, baseline: Outputs, reference: Outputs, yardstick: Outputs

@@ -128,7 +128,7 @@ def _build(case: Case, device: str, seed: int) -> RotationInputs:
 def decode(
     inputs: RotationInputs, rotation: QueryRotation | None = None, **memory: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The split decode of the inputs' step.
+    """The split decode of the inputs' step, by the portable kernel.
 
     Args:
         inputs: the step.
@@ -137,8 +137,9 @@ def decode(
     """
     s = inputs.step
     return split_k_decode(
-        s.q, s.swa, s.extra, sink=s.sink, scale=s.scale, rotation=rotation, splits=inputs.splits, **memory
-    )
+        s.q, s.swa, s.extra, sink=s.sink, scale=s.scale, rotation=rotation, splits=inputs.splits, path="triton",
+        **memory,
+    )  # fmt: skip
 
 
 def eager_rotation(x: Tensor, rotation: QueryRotation) -> Tensor:
@@ -198,7 +199,7 @@ def _yardstick(inputs: RotationInputs) -> dict[str, Tensor]:
 
 def _timed(inputs: RotationInputs) -> Mapping[str, Callable[[], object]]:
     s = inputs.step
-    out, places = torch.empty_like(s.q), plan_for(s.q, s.swa, s.extra, splits=inputs.splits).splits
+    out, places = torch.empty_like(s.q), plan_for(s.q, s.swa, s.extra, splits=inputs.splits, path="triton").splits
     scratch = SplitScratch.allocate(places * s.q.shape[0] * s.q.shape[1], s.q.device)
 
     def unturned() -> Tensor:

@@ -4,11 +4,15 @@ Baseline: `sparse_mla_decode` at chapter 05's launch shape, one workgroup per ro
 `split_k_decode`, launch shape and split count planned together from padded widths: whole waves of workgroups, the
 fewest iterations, and where one split is best no staging and no second launch.
 
+What is predicted, broken by hazards and measured as "optimized" is the portable kernel, the same on every device. Where
+Hopper's own kernel exists (sm_90, `hopper_decode`) it stands behind the same gate and is measured beside it.
+
 Source: vllm#44899 and vllm#46275 (split decode on gfx950 and gfx942), vllm#52212, vllm#57880.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +26,7 @@ from dsv4ref.evidence.isa import CompileRequest
 from dsv4ref.formats import Scope
 from dsv4ref.kernels import peers
 from dsv4ref.kernels.peers.agreement import check_agreement
-from dsv4ref.kernels.sparse_mla import SplitScratch, merge_scopes, plan_for, sparse_mla_decode, split_k_decode
+from dsv4ref.kernels.sparse_mla import SplitScratch, hopper_decode, merge_scopes, sparse_mla_decode, split_decode
 from dsv4ref.kernels.sparse_mla.prefill import sparse_mla_prefill
 from dsv4ref.kernels.sparse_mla.splits import MAX_SPLITS, SHAPES, machine_of, staged_bytes
 from dsv4ref.optimizations import decode_inputs, decode_model, prefill_inputs, split_model
@@ -32,7 +36,13 @@ from dsv4ref.optimizations.prefill_inputs import Workspace, prompt_case
 from dsv4ref.optimizations.report import PEER_PREFIX
 from dsv4ref.ref.sparse_attention import sparse_attention_plain, sparse_attention_ref
 
-__all__ = ["OPTIMIZATION", "SplitInputs", "parts_of"]
+__all__ = ["HOPPER", "OPTIMIZATION", "SplitInputs", "parts_of"]
+
+HOPPER = "gluon"
+"""The variant that Hopper's own kernel is timed as, and the prefix of its outputs in the gate."""
+
+plan_for = functools.partial(split_decode.plan_for, path="triton")
+split_k_decode = functools.partial(split_decode.split_k_decode, path="triton")
 
 
 @dataclass(frozen=True)
@@ -57,20 +67,25 @@ def _build(case: Case, device: str, seed: int) -> SplitInputs:
     return SplitInputs(step, step.sink if case.params["sink"] else None, case.params["splits"], workspace)
 
 
-def _named(outputs: tuple[Tensor, Tensor | None]) -> dict[str, Tensor]:
+def _named(outputs: tuple[Tensor, Tensor | None], prefix: str = "") -> dict[str, Tensor]:
     out, lse = outputs
     assert lse is not None
-    return {"out": out, "lse": lse}
+    return {f"{prefix}out": out, f"{prefix}lse": lse}
+
+
+def _twice(outputs: tuple[Tensor, Tensor | None]) -> dict[str, Tensor]:
+    """What both kernels are held to."""
+    return _named(outputs) | _named(outputs, f"{HOPPER} ")
 
 
 def _reference(inputs: SplitInputs) -> dict[str, Tensor]:
     step = inputs.step
-    return _named(sparse_attention_ref(step.q, step.scopes, inputs.sink, step.scale))
+    return _twice(sparse_attention_ref(step.q, step.scopes, inputs.sink, step.scale))
 
 
 def _plain(inputs: SplitInputs) -> dict[str, Tensor]:
     step = inputs.step
-    return _named(sparse_attention_plain(step.q, step.scopes, inputs.sink, step.scale))
+    return _twice(sparse_attention_plain(step.q, step.scopes, inputs.sink, step.scale))
 
 
 def _baseline(inputs: SplitInputs) -> dict[str, Tensor]:
@@ -80,13 +95,26 @@ def _baseline(inputs: SplitInputs) -> dict[str, Tensor]:
     )  # fmt: skip
 
 
+def _on_hopper(inputs: SplitInputs) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """These inputs' call of Hopper's kernel; None where it does not exist or does not take them."""
+    step = inputs.step
+    if hopper_decode.refusal(step.q.device, step.swa, step.extra, None) is not None:
+        return None
+    return functools.partial(
+        split_decode.split_k_decode, step.q, step.swa, step.extra, sink=inputs.sink, scale=step.scale,
+        splits=inputs.splits, path="gluon",
+    )  # fmt: skip
+
+
 def _optimized(inputs: SplitInputs) -> dict[str, Tensor]:
     step = inputs.step
-    return _named(
+    found = _named(
         split_k_decode(
             step.q, step.swa, step.extra, sink=inputs.sink, scale=step.scale, return_lse=True, splits=inputs.splits
         )
     )
+    hopper = _on_hopper(inputs)
+    return found if hopper is None else found | _named(hopper(return_lse=True), f"{HOPPER} ")
 
 
 def _timed(inputs: SplitInputs) -> Mapping[str, Callable[[], object]]:
@@ -114,7 +142,18 @@ def _timed(inputs: SplitInputs) -> Mapping[str, Callable[[], object]]:
         "baseline": lambda: sparse_mla_decode(q, swa, extra, sink=sink, scale=scale, out=out),
         **{name: variant(options) for name, options in asked.items()},
     }
-    return variants | _decode_peers(inputs, lambda: split_k_decode(q, swa, extra, sink=sink, scale=scale)[0])
+    found = variants | _timed_on_hopper(inputs, out)
+    return found | _decode_peers(inputs, lambda: split_k_decode(q, swa, extra, sink=sink, scale=scale)[0])
+
+
+def _timed_on_hopper(inputs: SplitInputs, out: Tensor) -> dict[str, Callable[[], object]]:
+    """Hopper's own kernel under its own plan, where there is one."""
+    step, hopper = inputs.step, _on_hopper(inputs)
+    if hopper is None:
+        return {}
+    planned = split_decode.plan_for(step.q, step.swa, step.extra, splits=inputs.splits, path="gluon")
+    places = planned.splits * step.q.shape[0] * step.q.shape[1] if planned.splits > 1 else 0
+    return {HOPPER: functools.partial(hopper, out=out, scratch=SplitScratch.allocate(places, step.q.device))}
 
 
 def _timed_prompt(inputs: SplitInputs, workspace: Workspace) -> Mapping[str, Callable[[], object]]:
@@ -144,7 +183,7 @@ def _timed_prompt(inputs: SplitInputs, workspace: Workspace) -> Mapping[str, Cal
     )
     if peer is not None:
         variants[f"{PEER_PREFIX}{peers.FLASHMLA_PREFILL}"] = peer
-    return variants | _decode_peers(inputs, from_caches)
+    return variants | _timed_on_hopper(inputs, out) | _decode_peers(inputs, from_caches)
 
 
 def _decode_peers(inputs: SplitInputs, ours: Callable[[], Tensor]) -> dict[str, Callable[[], object]]:
@@ -384,7 +423,14 @@ OPTIMIZATION = Optimization(
     yardstick=_plain,
     baseline=_baseline,
     optimized=_optimized,
-    gate=Gate((Check("out", "budget", "attention_bf16"), Check("lse", "budget", "lse_fp32"))),
+    gate=Gate(
+        (
+            Check("out", "budget", "attention_bf16"),
+            Check("lse", "budget", "lse_fp32"),
+            Check(f"{HOPPER} out", "budget", "attention_bf16", optional=True),
+            Check(f"{HOPPER} lse", "budget", "lse_fp32", optional=True),
+        )
+    ),
     hazards={
         "sink-per-split": Hazard(
             title="each split applies the sink",
@@ -446,6 +492,8 @@ OPTIMIZATION = Optimization(
     timed=_timed,
     measured_modules=(
         *decode_model.MEASURED_MODULES,
+        "dsv4ref.kernels.sparse_mla.hopper_decode",
+        "dsv4ref.kernels.sparse_mla.hopper_kernel",
         "dsv4ref.kernels.sparse_mla.merge",
         "dsv4ref.kernels.sparse_mla.prefill",
         "dsv4ref.kernels.sparse_mla.split_decode",

@@ -12,6 +12,9 @@ The host chooses S from padded widths (`splits`); the program cuts the tiles tha
 are shared out as evenly as long ones. A split without tiles, or with invalid slots only, writes an LSE of -inf and no
 part, and the reduce never reads what it did not write.
 
+On sm_90 a second partial kernel does the same work with warps that fill and warps that multiply (`hopper_decode`);
+the reduce, the scratch and the arguments are shared, and ``path`` says which one runs.
+
 Reference: `dsv4ref.ref.sparse_attention.sparse_attention_ref`, `dsv4ref.ref.merge.merge_scopes_ref`,
 `dsv4ref.ref.rope.rotate_back_ref`. Hazards: H07, H12, H16.
 Source of the idea: vllm#46275, vllm#52212 (split decode), vllm#57880 (one split needs no reduce), vllm#48788 (one head
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import triton
@@ -33,6 +37,7 @@ from dsv4ref.formats.kv_cache import HEAD_DIM
 from dsv4ref.formats.scope import Scope
 from dsv4ref.kernels import checks
 from dsv4ref.kernels.codes import architecture, decode_mode
+from dsv4ref.kernels.sparse_mla import hopper_decode
 from dsv4ref.kernels.sparse_mla.decode import (
     _LOWEST,
     _WARP_GROUP_HEADS,
@@ -47,7 +52,10 @@ from dsv4ref.kernels.sparse_mla.launch import LaunchShape
 from dsv4ref.kernels.sparse_mla.merge import QueryRotation, _load_lse, _rotate_back
 from dsv4ref.kernels.sparse_mla.splits import SplitPlan, machine_of, plan_splits
 
-__all__ = ["REDUCE_CHUNK", "REDUCE_WARPS", "SplitScratch", "plan_for", "split_k_decode"]
+__all__ = ["REDUCE_CHUNK", "REDUCE_WARPS", "Path", "SplitScratch", "plan_for", "split_k_decode"]
+
+Path = Literal["auto", "triton", "gluon"]
+"""Which partial kernel: the portable one, Hopper's, or Hopper's where it can run and was measured to be faster."""
 
 REDUCE_CHUNK = 8
 """Parts the reduce loads at once: 8 vectors of 512 fp32 are 16 registers of each lane of four waves on AMD."""
@@ -340,19 +348,35 @@ class SplitScratch:
 
 
 def plan_for(
-    q: Tensor, swa: Scope, extra: Scope | None = None, *, launch: LaunchShape | None = None, splits: int | None = None
+    q: Tensor,
+    swa: Scope,
+    extra: Scope | None = None,
+    *,
+    launch: LaunchShape | None = None,
+    splits: int | None = None,
+    path: Path = "auto",
 ) -> SplitPlan:
     """The plan a call with these arguments follows: from shapes and widths alone, nothing is read from the device.
 
     Args:
         q: ``[T, H, 512]``, T at least 1.
-        swa, extra, launch, splits: as `split_k_decode`.
+        swa, extra, launch, splits, path: as `split_k_decode`.
 
     Raises:
-        ValueError: as `splits.plan_splits`.
+        ValueError: as `splits.plan_splits`; a path that is none, or "gluon" where it does not exist.
     """
-    extra_width = extra.width if extra is not None else 0
-    return plan_splits(machine_of(q.device), q.shape[0], q.shape[1], swa.width, extra_width, launch, splits)
+    if path not in get_args(Path):
+        raise ValueError(f"path: got {path!r}, expected one of {', '.join(map(repr, get_args(Path)))}")
+    machine = machine_of(q.device)
+    size = (q.shape[0], q.shape[1], swa.width, extra.width if extra is not None else 0)
+    reason = hopper_decode.refusal(q.device, swa, extra, launch)
+    if path == "gluon" and reason is not None:
+        raise ValueError(f"path: got 'gluon', but {reason}")
+    if path != "triton" and reason is None and machine is not None:
+        plan = hopper_decode.plan(machine, *size, splits)
+        if path == "gluon" or hopper_decode.worthwhile(*size):
+            return plan
+    return plan_splits(machine, *size, launch, splits)
 
 
 def split_k_decode(
@@ -369,6 +393,7 @@ def split_k_decode(
     scratch: SplitScratch | None = None,
     launch: LaunchShape | None = None,
     splits: int | None = None,
+    path: Path = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Decode attention of T query rows over their SWA and extra slots: one launch at one split, two at more.
 
@@ -379,13 +404,15 @@ def split_k_decode(
         launch: tile and warps; None lets the plan choose.
         splits: pieces of each row, 1 to 32; None lets the plan choose. Results of different split counts differ by the
             order of sums; the same count gives the same bits.
+        path: "triton" for the portable kernel, "gluon" for Hopper's (sm_90, e4m3fn caches, no ``launch``: its tile is
+            fixed), "auto" for Hopper's where `hopper_decode.worthwhile` says that it was measured to be faster.
 
     Returns:
         (out, lse or None).
 
     Raises:
         TypeError, ValueError: before any launch: as `sparse_mla_decode`; a rotation or scratch that does not fit or
-            overlaps what is written or read.
+            overlaps what is written or read; "gluon" where it does not exist, with the reason.
     """
     num_rows, num_heads = _check_query(q, swa, extra, sink, scale)
     checks.check_grid_rows("q", num_rows)
@@ -393,7 +420,7 @@ def split_k_decode(
     if launch is not None and not isinstance(launch, LaunchShape):
         raise TypeError(f"launch: got {type(launch).__name__}, expected a LaunchShape")
     arch = architecture(q.device)
-    plan = plan_for(q, swa, extra, launch=launch, splits=splits) if num_rows else None
+    plan = plan_for(q, swa, extra, launch=launch, splits=splits, path=path) if num_rows else None
     places = plan.splits * num_rows * num_heads if plan is not None and plan.splits > 1 else 0
     scratch = _check_scratch(scratch, places, inputs)
     if out is None:
@@ -408,7 +435,7 @@ def split_k_decode(
     diagnostics.record(
         "split_k_decode", q=q, out=out, swa_width=swa.width, extra_width=extra.width if extra is not None else 0,
         launch=str(plan.launch) if plan is not None else None, splits=plan.splits if plan is not None else None,
-        rotation=rotation is not None,
+        path=plan.path if plan is not None else None, rotation=rotation is not None,
     )  # fmt: skip
     if plan is None:
         return out, lse
@@ -430,35 +457,41 @@ def split_k_decode(
         rotation.cos.shape[0] if rotation is not None else 0,
     )
     flags = {"HAS_SINK": sink is not None, "HAS_LSE": lse is not None, "HAS_ROPE": rotation is not None}
-    _split_k_decode_kernel[(triton.cdiv(num_heads, plan.launch.block_h), num_rows, plan.splits)](
-        q,
-        out,
-        lse if lse is not None else out,
-        sink if sink is not None else q,
-        *finish,
-        scratch.parts if split else out,
-        scratch.lses if split else out,
-        *_scope_arguments(swa),
-        *_scope_arguments(second),
-        q.stride(0),
-        q.stride(1),
-        *strides,
-        num_rows,
-        num_heads,
-        plan.splits,
-        scale * _LOG2_E_FLOAT,
-        SWA_BLOCK=swa.cache.block_size,
-        SWA_MODE=decode_mode(swa.cache.dialect, arch),
-        EXTRA_BLOCK=second.cache.block_size,
-        EXTRA_MODE=decode_mode(second.cache.dialect, arch),
-        HAS_EXTRA=extra is not None,
-        SPLIT=split,
-        **(dict.fromkeys(flags, False) if split else flags),  # the reduce finishes what is split
-        BLOCK_H=plan.launch.block_h,
-        BLOCK_K=plan.launch.block_k,
-        num_warps=plan.launch.num_warps,
-        num_stages=plan.launch.num_stages,
-    )
+    if plan.path == "gluon":
+        hopper_decode.launch_partials(
+            q, swa, extra, sink=sink, rotation=rotation, scale_log2=scale * _LOG2_E_FLOAT, splits=plan.splits, out=out,
+            lse=lse, parts=scratch.parts, part_lses=scratch.lses,
+        )  # fmt: skip
+    else:
+        _split_k_decode_kernel[(triton.cdiv(num_heads, plan.launch.block_h), num_rows, plan.splits)](
+            q,
+            out,
+            lse if lse is not None else out,
+            sink if sink is not None else q,
+            *finish,
+            scratch.parts if split else out,
+            scratch.lses if split else out,
+            *_scope_arguments(swa),
+            *_scope_arguments(second),
+            q.stride(0),
+            q.stride(1),
+            *strides,
+            num_rows,
+            num_heads,
+            plan.splits,
+            scale * _LOG2_E_FLOAT,
+            SWA_BLOCK=swa.cache.block_size,
+            SWA_MODE=decode_mode(swa.cache.dialect, arch),
+            EXTRA_BLOCK=second.cache.block_size,
+            EXTRA_MODE=decode_mode(second.cache.dialect, arch),
+            HAS_EXTRA=extra is not None,
+            SPLIT=split,
+            **(dict.fromkeys(flags, False) if split else flags),  # the reduce finishes what is split
+            BLOCK_H=plan.launch.block_h,
+            BLOCK_K=plan.launch.block_k,
+            num_warps=plan.launch.num_warps,
+            num_stages=plan.launch.num_stages,
+        )
     if split:
         padded = max(2, triton.next_power_of_2(plan.splits))
         _reduce_splits_kernel[(num_heads, num_rows)](

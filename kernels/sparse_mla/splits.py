@@ -159,6 +159,7 @@ class SplitPlan:
         idle: share of the places for workgroups in these waves that stay empty.
         time_us: modelled microseconds; NaN where no model exists.
         reason: why this one.
+        path: the partial kernel it is for: the portable one ("triton") or Hopper's ("gluon").
     """
 
     launch: LaunchShape
@@ -169,6 +170,7 @@ class SplitPlan:
     idle: float
     time_us: float
     reason: str
+    path: str = "triton"
 
     @property
     def iterations(self) -> int:

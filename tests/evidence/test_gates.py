@@ -46,6 +46,19 @@ def test_a_gate_is_green_when_every_relation_holds() -> None:
     assert all(name in verdict.detail for name in ("buffer: ", "slots: ", "out: "))
 
 
+def test_an_optional_output_may_be_absent_but_not_wrong() -> None:
+    gate = Gate((Check("out", "budget", "attention_bf16"), Check("slots", "exact", optional=True)))
+    absent = gate.judge({"out": BF16}, **{side: GREEN[side] for side in ("baseline", "reference", "yardstick")})
+    assert absent.passed
+    assert absent.absent == ("slots",)
+    assert absent.detail.endswith("slots: does not exist here")
+    wrong = gate.judge(
+        {"out": BF16, "slots": INDICES + 1}, **{side: GREEN[side] for side in ("baseline", "reference", "yardstick")}
+    )
+    assert not wrong.passed
+    assert "slots: 6 of 6 elements differ" in wrong.detail
+
+
 def _changed(tensor: Tensor, value: float) -> Tensor:
     copy = tensor.clone()
     copy[3] = value
@@ -119,6 +132,8 @@ def test_a_gate_is_called_by_its_strictest_relation(relations: tuple[Any, ...], 
 def test_a_gate_without_checks_could_not_fail() -> None:
     with pytest.raises(ValueError, match=r"checks: got none, expected at least one"):
         Gate(())
+    with pytest.raises(ValueError, match=r"checks: got none, expected at least one that is not optional"):
+        Gate((Check("out", "bit", optional=True),))
 
 
 @pytest.mark.parametrize(
