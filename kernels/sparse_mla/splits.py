@@ -195,10 +195,14 @@ def machine_of(where: torch.device) -> Machine | None:
     The interpreter plans for gfx942.
     """
     arch = architecture(where)
-    units = None if arch == "cpu" else device.current(where.index).compute_units
-    arch = _EMULATED if arch == "cpu" else arch
-    spec = next((s for s in device.KNOWN_DEVICES.values() if s.arch == arch), None)
-    return None if spec is None or arch not in SHAPES else Machine.of(spec, units)
+    live = None if arch == "cpu" else device.current(where.index)
+    arch = _EMULATED if live is None else arch
+    # A card this project does not know is planned for as the first one of its architecture, with its own units.
+    spec = None if live is None else device.match_spec(live.name, arch, live.compute_units)
+    spec = spec or next((s for s in device.KNOWN_DEVICES.values() if s.arch == arch), None)
+    return (
+        None if spec is None or arch not in SHAPES else Machine.of(spec, None if live is None else live.compute_units)
+    )
 
 
 def candidates(
