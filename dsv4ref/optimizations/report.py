@@ -25,9 +25,10 @@ def report_rows(measured: Iterable[Record]) -> list[dict[str, Any]]:
     Returns:
         Rows with id, case, device, method, baseline_us, optimized_us, ratio, ratio_ci, noise_floor, predicted, claimed,
         peers, gate, stale; then hazards (how many bugs the chapter plants), variants (other variants' microseconds),
-        bound_us, date, resolvable; and of decode steps, whose cases state their ``tokens``, tok_s and tpot_ms, each of
-        (baseline, optimised). Times are p50 microseconds, the host's where method is `records.HOST`, which nobody
-        predicts; ratio is baseline over optimised; claimed is text, since published gains are of whole systems.
+        bound_us, date, resolvable; tok_s and tpot_ms, each of (baseline, optimised), None but for the ladder's decode
+        steps, whose cases state their ``tokens``. Times are p50 microseconds, the host's where method is
+        `records.HOST`, which nobody predicts; ratio is baseline over optimised; claimed is text, since published gains
+        are of whole systems.
     """
     chapters = catalogue.load()
     groups: dict[tuple[str, str, str, str], dict[str, Record]] = {}
@@ -52,9 +53,9 @@ def _row(opt: Optimization, case: str, device: str, method: str, variants: dict[
     assert low is not None
     assert high is not None
     assert floor is not None
-    tokens = opt.cases[case].params.get("tokens")
+    # Other chapters' cases have tokens too, and their times are not a step's.
+    steps = opt.recorded_by == "ladder"
     times = (baseline.p50_us, optimized.p50_us)
-    steps = {"tok_s": [1e6 * tokens / us for us in times], "tpot_ms": [us / 1e3 for us in times]} if tokens else {}
     return {
         "id": opt.id,
         "case": case,
@@ -76,5 +77,6 @@ def _row(opt: Optimization, case: str, device: str, method: str, variants: dict[
         "bound_us": optimized.bound_us,
         "date": optimized.date,
         "resolvable": low > 1 + floor or high < 1 - floor,
-        **steps,
+        "tok_s": [1e6 * opt.cases[case].params["tokens"] / us for us in times] if steps else None,
+        "tpot_ms": [us / 1e3 for us in times] if steps else None,
     }

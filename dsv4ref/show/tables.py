@@ -184,7 +184,7 @@ def scoreboard_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     method of every row where one of them is of the host's time.
     """
     shown = [column for column in SCOREBOARD if column.key != "peers" or any(row.get("peers") for row in rows)]
-    if any("tok_s" in row for row in rows):
+    if any(row.get("tok_s") for row in rows):
         shown.insert([column.key for column in shown].index("optimized_us") + 1, _RATES)
     if any(row.get("method") == HOST for row in rows):
         shown.insert([column.key for column in shown].index("device") + 1, Column("method"))

@@ -89,6 +89,8 @@ def test_a_row_holds_what_the_records_say_beside_prediction_and_claim() -> None:
         "bound_us": 20.0,
         "date": "2026-01-31T12:00:00+00:00",
         "resolvable": True,
+        "tok_s": None,
+        "tpot_ms": None,
     }
     assert "+5.52 % tok/s, 2x MI300X" in claimed
 
@@ -243,5 +245,11 @@ def test_the_ladders_rows_carry_rates_and_no_others_do() -> None:
     headings = [column.heading for column in tables.scoreboard_columns([row])]
     assert "output tok/s" in headings
     (other,) = report_rows([BASELINE, OPTIMIZED])
-    assert "tok_s" not in other
+    assert other["tok_s"] is None
     assert "output tok/s" not in [column.heading for column in tables.scoreboard_columns([other])]
+    both = str(tables.scoreboard([row, other]))
+    assert "320,000 → 640,000" in both
+    assert "decode_launch_shape" in both
+    # Its cases have tokens as well, which are no output.
+    prompt = [replace(line, chapter="split_k_decode", case="flash-prompt") for line in (BASELINE, OPTIMIZED)]
+    assert report_rows(prompt)[0]["tok_s"] is None
