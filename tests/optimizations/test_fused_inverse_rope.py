@@ -274,7 +274,9 @@ def test_inside_is_cheaper_with_splits_and_dearer_at_full_batches_and_a_dearer_o
     assert dearer == {"flash-256", "flash-1024", "pro-64", "pro-128", "pro-256", "pro-1024"}
     assert "inside no cheaper than one launch in 6 of 12" in fused_inverse_rope.summary(OPT, _recorded())
     slowed = [
-        replace(r, p50_us=r.p80_us + 100, p80_us=r.p80_us + 100) if (r.case, r.variant) == ("flash-1", "optimized") else r
+        replace(r, p50_us=r.p80_us + 100, p80_us=r.p80_us + 100)
+        if (r.case, r.variant) == ("flash-1", "optimized")
+        else r
         for r in _recorded()
     ]
     assert "inside no cheaper than one launch in 7 of 12" in fused_inverse_rope.summary(OPT, slowed)

@@ -76,7 +76,7 @@ def test_the_model_is_too_fast_on_the_machine_it_could_be_checked_on() -> None:
 
 
 def test_the_factor_is_not_one_for_all_shapes() -> None:
-    """What the chapter says of close choices: it is not one factor between shapes, nor between batches of the static one."""
+    """What the chapter says: it is not one factor, neither between shapes nor between batches of the static one."""
     rows = split_model.residual_shapes()
     assert sum(row["cases"] for row in rows) == 24
     static = rows[0]
