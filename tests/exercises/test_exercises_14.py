@@ -76,21 +76,26 @@ def test_the_h200s_records_say_what_the_page_says_of_them() -> None:
         tokens, us = OPT.cases[name].params["rows"], row["variants"]
         cast = row["baseline_us"] - us["source, rounded bias"]
         behind = us["fp32 gemm"] - us["library's bf16 gemm"]
-        if tokens <= 8:
+        ahead = us["source, rounded bias"] - row["optimized_us"]
+        if tokens <= 64:
             assert row["ratio_ci"][0] > 1 + row["noise_floor"], (name, row["ratio_ci"])
-            assert behind < 0 < us["source, rounded bias"] - row["optimized_us"], (name, us)
-        elif name == "flash-64":
-            assert abs(behind) < cast / 2, (name, behind, cast)
         else:
-            assert behind > (0.8 if tokens == 64 else 1) * cast, (name, behind, cast)
-        if tokens >= 256:
             assert row["ratio_ci"][1] < 1 - row["noise_floor"], (name, row["ratio_ci"])
+        if tokens <= 8 or name == "flash-64":
+            assert behind < 0 < ahead, (name, us)
+        elif tokens == 64:
+            assert 0.8 * cast < behind < 1.25 * cast, (name, behind, cast)
+            assert ahead < 0, (name, us)
+        else:
+            assert behind > cast, (name, behind, cast)
 
 
-def test_a_step_along_d_takes_a_third_to_six_tenths_of_a_microsecond() -> None:
-    rows = on_h200()
+def test_a_step_along_d_takes_four_to_six_tenths_of_a_microsecond() -> None:
+    rows, steps = on_h200(), {}
     for name in ("flash-64", "flash-1024", "v32-64", "v32-256", "v32-1024"):
         p = OPT.cases[name].params
         tile = select_tile(p["rows"])
-        step = rows[name]["variants"]["fp32 gemm"] / -(-p["depth"] // (tile.block_k * tile.slices))
-        assert 1 / 3 < step < 0.6, (name, step)
+        steps[name] = rows[name]["variants"]["fp32 gemm"] / -(-p["depth"] // (tile.block_k * tile.slices))
+    assert all(0.35 < step < 0.6 for step in steps.values()), steps
+    for few, many in (("flash-64", "flash-1024"), ("v32-64", "v32-1024"), ("v32-256", "v32-1024")):
+        assert 1 < steps[many] / steps[few] < 1.5, (few, many, steps)
