@@ -154,3 +154,13 @@ def test_the_h200s_records_say_what_the_page_says_of_them() -> None:
     same = rows["v32-64-1k"]
     assert same["predicted"] == 1
     assert abs(same["ratio"] - 1) < 0.1, same["ratio"]
+
+
+def test_the_h200s_host_pays_where_the_key_never_hits() -> None:
+    mine = [r for r in records.latest(records.shipped()) if r.chapter == OPT.id and r.device == "h200"]
+    host = {(r.case, r.variant): r.p50_us for r in mine if r.method == records.HOST}
+    cases = {case for case, _ in host}
+    assert "v32-64-1k" in cases
+    for case in cases:
+        saved = host[case, "baseline"] - host[case, "optimized"]
+        assert saved > 0 if case != "v32-64-1k" else -saved > host[case, "fingerprints alone"], (case, saved)
