@@ -38,7 +38,6 @@ class Column:
             and a value equal to one of the two words counts as that verdict.
         text: the whole row to the cell's text, where one value is not enough; sorting still goes by ``row[key]``.
         left: keep numbers on the left (ids and labels that happen to be numbers).
-        optional: rows without the key are in order, and their cell is a dash.
     """
 
     key: str
@@ -46,7 +45,6 @@ class Column:
     words: tuple[str, str] | None = None
     text: Callable[[Row], str] | None = None
     left: bool = False
-    optional: bool = False
 
     @property
     def heading(self) -> str:
@@ -275,14 +273,14 @@ def _columns(columns: Sequence[Column | str]) -> tuple[Column, ...]:
 
 def _cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[_Cell]]:
     for position, row in enumerate(rows):
-        missing = [column.key for column in columns if column.key not in row and not column.optional]
+        missing = [column.key for column in columns if column.key not in row]
         if missing:
             raise ValueError(f"rows[{position}]: no {', '.join(missing)}; it has {', '.join(map(str, row))}")
     return [[_cell(row, column) for column in columns] for row in rows]
 
 
 def _cell(row: Row, column: Column) -> _Cell:
-    value = row.get(column.key) if column.optional else row[column.key]
+    value = row[column.key]
     verdict = _verdict(value, column)
     if column.text is not None:
         text = column.text(row)
@@ -392,7 +390,7 @@ def _change(values: Any) -> str:
     return UNKNOWN if values is None else " → ".join(number(value) for value in values)
 
 
-_RATES = Column("tok_s", "output tok/s", text=lambda row: _change(row.get("tok_s")), optional=True)
+_RATES = Column("tok_s", "output tok/s", text=lambda row: _change(row.get("tok_s")))
 
 LADDER = (
     Column("order"),
