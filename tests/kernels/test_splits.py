@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dsv4ref import kernels
+from dsv4ref import device, kernels
 from dsv4ref.device import get_device
 from dsv4ref.evidence import isa
+from dsv4ref.kernels.sparse_mla import splits as splits_module
 from dsv4ref.kernels.sparse_mla.launch import STATIC, LaunchShape, select_launch
 from dsv4ref.kernels.sparse_mla.split_decode import SplitScratch
 from dsv4ref.kernels.sparse_mla.splits import (
@@ -146,6 +149,21 @@ def test_staging_is_what_the_scratch_holds() -> None:
 @pytest.mark.skipif(kernels.mode() != "interpreted", reason="the interpreter's machine")
 def test_the_interpreter_plans_for_gfx942() -> None:
     assert machine_of(torch.device("cpu")) == machine("mi300x")
+
+
+def test_a_live_card_is_planned_for_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    h200 = get_device("h200")
+    first = replace(h200, key="other", name="NVIDIA Other", bandwidth_tb_s=1.0)
+    monkeypatch.setattr(device, "KNOWN_DEVICES", {"other": first, **device.KNOWN_DEVICES})
+    monkeypatch.setattr(splits_module, "architecture", lambda where: "sm_90")
+
+    def planned(name: str, units: int | None) -> Machine | None:
+        live = SimpleNamespace(name=name, compute_units=units)
+        monkeypatch.setattr(device, "current", lambda index: live)
+        return machine_of.__wrapped__(torch.device("cuda", 0))  # not from the cache, and nothing left in it
+
+    assert planned("NVIDIA H200", h200.compute_units) == Machine.of(h200, h200.compute_units)
+    assert planned("NVIDIA H100", 114) == Machine.of(first, 114)
 
 
 def test_a_partition_has_its_share_of_the_card() -> None:

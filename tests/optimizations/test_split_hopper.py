@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from torch import Tensor
 
 from dsv4ref.evidence import records
 from dsv4ref.evidence.records import Record
-from dsv4ref.optimizations import catalogue, split_hopper
+from dsv4ref.optimizations import catalogue, split_hopper, split_k_decode
+from dsv4ref.optimizations.base import verify
+from dsv4ref.optimizations.split_k_decode import SplitInputs
 
 OPT = catalogue.get("split_k_decode")
 
@@ -45,3 +49,22 @@ def test_a_case_without_both_kernels_has_no_row(times: dict[str, float]) -> None
 def test_other_chapters_records_are_left_out() -> None:
     found = timed("flash-64", portable=90.0, gluon=30.0)
     assert split_hopper.hopper_rows(OPT, [replace(r, chapter="fused_inverse_rope") for r in found]) == []
+
+
+@pytest.mark.parametrize("error", [0.0, 0.05])
+def test_a_wrong_result_of_hoppers_kernel_turns_the_gate_red(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def instead(inputs: SplitInputs) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        def call(return_lse: bool) -> tuple[Tensor, Tensor | None]:
+            step = inputs.step
+            out, lse = split_k_decode.split_k_decode(
+                step.q, step.swa, step.extra, sink=inputs.sink, scale=step.scale, return_lse=return_lse
+            )
+            out[0, 0, :8] += error
+            return out, lse
+
+        return call
+
+    monkeypatch.setattr(split_k_decode, "_on_hopper", instead)
+    verdict = verify(OPT, "tiny", device="cpu", seed=0)
+    assert verdict.passed is (error == 0.0), verdict.detail
+    assert verdict.absent == ()
