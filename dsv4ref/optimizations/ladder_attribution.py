@@ -158,9 +158,10 @@ def source_order(names: Sequence[str]) -> tuple[str, ...]:
     return ladder_order(sorted(known, key=lambda name: place[name]))
 
 
-def prefixes(order: Sequence[str]) -> tuple[Switches, ...]:
-    """The rungs of an order: nothing on, then one switch more each."""
-    return tuple(frozenset(order[:n]) for n in range(len(order) + 1))
+def prefixes(order: Sequence[str], begin: str | None = None) -> tuple[Switches, ...]:
+    """The rungs of an order: nothing on, or everything up to ``begin``, then one switch more each."""
+    first = 0 if begin is None else 1 + order.index(begin)
+    return tuple(frozenset(order[:count]) for count in range(first, len(order) + 1))
 
 
 def reduced(names: Sequence[str], name: str, allowed: Allowed = allowed_features) -> Switches:
@@ -184,19 +185,21 @@ def reduced(names: Sequence[str], name: str, allowed: Allowed = allowed_features
 # --- contributions ---
 
 
-def cumulative(times: Times, order: Sequence[str]) -> dict[str, Any]:
+def cumulative(times: Times, order: Sequence[str], begin: str | None = None) -> dict[str, Any]:
     """Time saved per step by each switch as it is turned on in this order; negative where it costs.
 
     Args:
-        times: of every prefix of the order.
+        times: of every rung of the order.
         order: every switch once.
+        begin: as `prefixes`; those that are on in the first rung have no contribution.
 
     Raises:
         ValueError: a name twice, or a prefix without a time.
     """
     _distinct(order)
-    rungs = [_time(times, rung) for rung in prefixes(order)]
-    return {name: before - after for name, before, after in zip(order, rungs, rungs[1:], strict=False)}
+    rungs = [_time(times, rung) for rung in prefixes(order, begin)]
+    turned_on = order[len(order) + 1 - len(rungs) :]
+    return {name: before - after for name, before, after in zip(turned_on, rungs, rungs[1:], strict=False)}
 
 
 def leave_one_out(times: Times, names: Sequence[str], allowed: Allowed = allowed_features) -> dict[str, Any]:

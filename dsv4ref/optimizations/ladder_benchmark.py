@@ -98,8 +98,9 @@ class Plan:
         order: the switches as the ladder turns them on.
         reverse: the second order.
         attribution: one of `ATTRIBUTIONS`.
-        sets: all that are run, nothing on first.
+        sets: all that are run, the first rung first.
         unavailable: switches that the model cannot turn on, and why.
+        begin: the switch up to which everything is on in the first rung; None: it has nothing on.
     """
 
     order: tuple[str, ...]
@@ -107,6 +108,7 @@ class Plan:
     attribution: str
     sets: tuple[Switches, ...]
     unavailable: Mapping[str, str]
+    begin: str | None = None
 
     def name(self, switches: Switches) -> str:
         """A set's name in journal and tables: its switches in the order of the ladder, or ``off``."""
@@ -114,12 +116,18 @@ class Plan:
 
     def rungs(self, order: Sequence[str]) -> list[tuple[str, str]]:
         """(what is turned on, name of the set) of every rung of an order."""
-        labels = ("everything off", *(f"+ {name}" for name in order))
-        return [(label, self.name(on)) for label, on in zip(labels, attribution.prefixes(order), strict=True)]
+        sets = attribution.prefixes(order, self.begin)
+        first = "everything off" if self.begin is None else f"everything up to {self.begin}"
+        labels = (first, *(f"+ {name}" for name in order[len(order) + 1 - len(sets) :]))
+        return [(label, self.name(on)) for label, on in zip(labels, sets, strict=True)]
 
 
 def make_plan(
-    model: Model, order: str = "source", which: str = "ladder", switches: Iterable[str] | None = None
+    model: Model,
+    order: str = "source",
+    which: str = "ladder",
+    switches: Iterable[str] | None = None,
+    begin: str | None = None,
 ) -> Plan:
     """Choose the sets.
 
@@ -128,9 +136,11 @@ def make_plan(
         order: ``source``, ``reverse``, or names with commas, each once; what a switch needs is brought before it.
         which: one of `ATTRIBUTIONS`.
         switches: only these; default all that the model can turn on.
+        begin: the first rung has everything up to this switch on; by default it has everything off.
 
     Raises:
-        ValueError: an unknown order, attribution or switch, or one that the model cannot turn on.
+        ValueError: an unknown order, attribution or switch, one that the model cannot turn on, or another view than the
+            ladder's of one that does not begin with everything off.
     """
     if which not in ATTRIBUTIONS:
         raise ValueError(f"attribution: got {which!r}, expected one of {', '.join(ATTRIBUTIONS)}")
@@ -150,13 +160,17 @@ def make_plan(
         if sorted(given) != sorted(chosen):
             raise ValueError(f"order: got {order!r}, expected source, reverse, or each of {', '.join(chosen)} once")
         wanted = attribution.ladder_order(given)
+    if begin is not None and begin not in wanted:
+        raise ValueError(f"begin: got {begin!r}, expected one of {', '.join(wanted)}")
+    if begin is not None and which != "ladder":
+        raise ValueError(f"attribution: got {which!r}, expected ladder where the first rung has {begin} on")
     reverse = attribution.ladder_order(wanted[::-1])
-    sets = list(attribution.prefixes(wanted))
+    sets = list(attribution.prefixes(wanted, begin))
     if which != "ladder":
         sets += [*attribution.prefixes(reverse), *(attribution.reduced(wanted, name) for name in wanted)]
     if which == "shapley":
         sets += attribution.feasible_subsets(wanted)
-    return Plan(wanted, reverse, which, tuple(dict.fromkeys(sets)), reasons)
+    return Plan(wanted, reverse, which, tuple(dict.fromkeys(sets)), reasons, begin)
 
 
 # --- the run ---
@@ -260,7 +274,7 @@ def run_ladder(
         raise ValueError(f"max_seconds: got {max_seconds}, expected a positive number of seconds")
     progress("weights", 0, 1)
     model = workload.slice_model(preset.config, seed, device)
-    plan = make_plan(model, order, which, switches)
+    plan = make_plan(model, order, which, switches, preset.begin)
     # Refused before the gates, which take a while.
     header = _header(preset, plan, seed, device)
     journal = Journal(out / "ladder.jsonl", header)
@@ -293,10 +307,12 @@ def run_ladder(
         if gates[plan.name(everything)] is None:
             if "device_step" in everything:
                 metadata = metadata_rows(model, everything, preset.batches, device=device)
-            soak = run_soak(model, everything, preset.soak, device=device, seed=seed, progress=progress)
+            if preset.soak is not None:
+                soak = run_soak(model, everything, preset.soak, device=device, seed=seed, progress=progress)
     lines: tuple[Record, ...] = ()
     recorded = device == "cuda" and not preset.rehearsal and _is_whole(plan, model)
-    if recorded and whole and looked and soak is not None and soak.reason is None:
+    lost = preset.soak is not None and (soak is None or soak.reason is not None)
+    if recorded and whole and looked and not lost:
         lines = _records(preset, plan, journal, looked, seed)
     shares = _contributions(journal, plan) if whole else None
     report = Report(preset, complete, rows, shares, looked, traces, metadata, soak, gates, _where(header), lines)
@@ -313,7 +329,7 @@ def run_ladder(
 
 def _second_runs(plan: Plan) -> list[str]:
     """The ends of the ladder, which run twice: the A/A pair of slow steps, and that of fast ones."""
-    return [plan.name(frozenset()), plan.name(frozenset(plan.order))]
+    return [plan.name(plan.sets[0]), plan.name(frozenset(plan.order))]
 
 
 def open_subjects(
@@ -338,7 +354,7 @@ def open_subjects(
         gate is green, else what is wrong.
 
     Raises:
-        RuntimeError: everything off does not repeat its own tokens, or the engines do not fit.
+        RuntimeError: the first rung's gate is red, or the engines do not fit.
     """
     total = len(plan.sets) + 3
     progress("prompts", 0, total)
@@ -366,11 +382,8 @@ def open_subjects(
             subjects[label] = subject
             built.append(subject.engine_bytes)
         if gates[name] is not None:
-            if not on:
-                reason = gates[name]
-                raise RuntimeError(
-                    f"everything off does not repeat its own tokens, so nothing can be compared: {reason}"
-                )
+            if number == 0:
+                raise RuntimeError(f"the gate of {name}, the first rung, is red, so nothing is compared: {gates[name]}")
             for label in (name, f"{name} {AGAIN}"):
                 subjects.pop(label, None)
         _check_room(built, len(plan.sets) - 1 - number)
@@ -436,13 +449,13 @@ def _contributions(journal: Journal, plan: Plan) -> list[dict[str, Any]]:
     names = [plan.name(on) for on in plan.sets]
     means = mean_step(journal.windows, names)
     times = {on: np.asarray(means[plan.name(on)]) for on in plan.sets}
-    views = {"in this order": attribution.cumulative(times, plan.order)}
+    views = {"in this order": attribution.cumulative(times, plan.order, plan.begin)}
     if plan.attribution != "ladder":
         views["in reverse"] = attribution.cumulative(times, plan.reverse)
         views["left out"] = attribution.leave_one_out(times, plan.order)
     if plan.attribution == "shapley":
         views["Shapley"] = attribution.shapley(times, plan.order)
-    return contribution_rows(views, means[OFF])
+    return contribution_rows(views, means[plan.name(plan.sets[0])])
 
 
 # --- records ---
@@ -452,7 +465,7 @@ def _records(
     preset: Preset, plan: Plan, journal: Journal, inside: Sequence[Mapping[str, Any]], seed: int
 ) -> tuple[Record, ...]:
     """One line per rung for the scoreboard; "optimized" is the last one."""
-    names = [name for _, name in plan.rungs(plan.order)]
+    labels, names = zip(*plan.rungs(plan.order), strict=True)
     every = [*names, *(f"{name} {AGAIN}" for name in _second_runs(plan))]
     means = mean_step(journal.windows, every)
     floors = noise_floors(means, every)
@@ -464,16 +477,14 @@ def _records(
     machine = machines.current()
     where = records.provenance(device=machine.key, device_name=machine.name, mode=kernels.mode())
     run, lines = records.new_run(), []
-    for name, seen in zip(names, inside, strict=True):
+    for label, name, seen in zip(labels, names, inside, strict=True):
         p20, p50, p80 = timing.percentiles([1e6 * value for value in means[name]])
-        ratio = None if name == OFF else timing.bootstrap_ratio(means[OFF], means[name])
+        ratio = None if name == names[0] else timing.bootstrap_ratio(means[names[0]], means[name])
         lines.append(
             Record(
                 chapter=CHAPTER,
                 case=preset.name,
-                variant={names[0]: "baseline", names[-1]: "optimized"}.get(
-                    name, f"+ {plan.order[names.index(name) - 1]}"
-                ),
+                variant={names[0]: "baseline", names[-1]: "optimized"}.get(name, label),
                 p20_us=p20,
                 p50_us=p50,
                 p80_us=p80,
@@ -485,7 +496,7 @@ def _records(
                 ratio=None if ratio is None else ratio.median,
                 ratio_low=None if ratio is None else ratio.low,
                 ratio_high=None if ratio is None else ratio.high,
-                noise_floor=None if ratio is None else max(floors[OFF], floors[name]),
+                noise_floor=None if ratio is None else max(floors[names[0]], floors[name]),
                 bound_us=bound_us,
                 gate="passed",
                 seed=seed,

@@ -1,6 +1,6 @@
 """What takes turns in a ladder's rounds: one decode engine per set of switches, all from the same checkpoint.
 
-Prompts are computed once, by an engine without device steps. Every engine takes over its requests, tokens and caches as
+Prompts are computed once, by one engine for all rungs. Every engine takes over its requests, tokens and caches as
 they stand there (`dsv4ref.serving.checkpoints`), and goes back to them before each window: so all windows of all rungs
 begin at the same positions over the same bytes, no engine wears out, and nothing is computed again.
 
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from dsv4ref.optimizations import ladder_workload as workload
-from dsv4ref.optimizations.ladder_attribution import Switches, features_of
+from dsv4ref.optimizations.ladder_attribution import Switches, features_of, names_of
 from dsv4ref.optimizations.ladder_workload import Generated, Preset
 from dsv4ref.ref.model import Model
 from dsv4ref.serving.checkpoints import Checkpoint
 from dsv4ref.serving.engine import DecodeEngine
-from dsv4ref.serving.features import unavailable
+from dsv4ref.serving.features import available, unavailable
 
 __all__ = ["EngineSubject", "Oracle", "computed_prompts", "steps_for", "timed_oracle"]
 
@@ -32,23 +32,29 @@ _LEAST_STEPS = 2
 
 
 _FOR_PROMPTS = ("grouped_experts", "resident_weights")
-"""Switches that make prompts cheaper; which ones computed them is the same for every rung."""
+"""Switches that make the reference's prompts cheaper; which ones computed them is the same for every rung."""
 
 
 def _new_engine(
-    model: Model, preset: Preset, switches: Switches, device: torch.device | str, *, keep_logits: bool = False
+    model: Model,
+    preset: Preset,
+    switches: Switches,
+    device: torch.device | str,
+    *,
+    keep_logits: bool = False,
+    prompt_rows: bool = False,
 ) -> DecodeEngine:
     features = features_of(switches)
     # One batch size is decoded, so one is captured.
     buckets = (preset.requests,) if features.device_step else None
     return DecodeEngine(
         model, features, slots=preset.requests, max_length=preset.max_length, chunk=preset.chunk, device=device,
-        buckets=buckets, keep_logits=keep_logits,
+        buckets=buckets, keep_logits=keep_logits, prompt_rows=prompt_rows,
     )  # fmt: skip
 
 
 def computed_prompts(model: Model, preset: Preset, asked: Tensor, device: torch.device | str) -> Checkpoint:
-    """The benchmark's requests behind their prompts, computed without device steps and graphs.
+    """The benchmark's requests behind their prompts, computed as the preset says.
 
     Args:
         model: the slice.
@@ -57,7 +63,9 @@ def computed_prompts(model: Model, preset: Preset, asked: Tensor, device: torch.
         device: of the engine.
     """
     switches = frozenset(name for name in _FOR_PROMPTS if name not in unavailable(model))
-    engine = _new_engine(model, preset, switches, device)
+    if preset.prompt_rows:
+        switches = frozenset(names_of(available(model)))
+    engine = _new_engine(model, preset, switches, device, prompt_rows=preset.prompt_rows)
     for prompt in asked:
         engine.submit(prompt, preset.output)
     while True:

@@ -368,6 +368,27 @@ class PagedCaches:
         layer = empty_layer(self.config, ratio, self.numerics.dtype, window, compressed, self.reference)
         return layer if caches.index_keys is None else replace(layer, index_keys=RequestRows(caches.index_keys, pages))
 
+    def behind(self, owner: int, position: int) -> State:
+        """An owner's rows as they stand once so many of its tokens are computed, whoever wrote them; open groups empty.
+
+        Args:
+            owner: holds blocks.
+            position: tokens computed.
+        """
+        config = self.config
+        ring, pages = self.window_pool.held(owner), self.page_pool.held(owner)
+        layers = []
+        for ratio, caches in zip(config.main_ratios, self.layers, strict=True):
+            layer = self._rows(ratio, caches, ring, pages)
+            assert isinstance(layer.window, RequestRows)
+            first = max(0, position + 1 - config.window_size)  # that the next token still sees
+            layer = replace(layer, window=replace(layer.window, first=first, end=position))
+            for name in ("compressed", "index_keys"):
+                if isinstance(rows := getattr(layer, name), RequestRows):
+                    layer = replace(layer, **{name: replace(rows, end=position // ratio)})
+            layers.append(layer)
+        return State(position, tuple(layers))
+
     def close(self, owner: int) -> None:
         """Return a request's blocks; its state must not be used again.
 

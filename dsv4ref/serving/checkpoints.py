@@ -1,8 +1,7 @@
 """Where an engine's requests stand, kept so that it, or another engine of the same sizes, can go on from there again.
 
-A checkpoint is taken while every request's state is a Python value: its prompt is computed, and no device step has
-taken it over. It holds a copy of the caches' bytes, since decode steps write into them, and the states themselves,
-which nobody changes.
+A checkpoint holds a copy of the caches' bytes, since decode steps write into them, and every request's state as a Python
+value, which nobody changes; a state that a device step had taken over is handed back for it.
 
 So prompts are computed once for engines that differ in how they decode, and windows of decode steps begin at the same
 bytes however often they are timed.

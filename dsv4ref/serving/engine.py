@@ -98,6 +98,8 @@ class DecodeEngine:
             the powers of two below ``slots``, and ``slots``. With ``captured_steps`` each is captured now, and larger
             batches run uncaptured.
         keep_logits: whether a step's result holds logits; a device step's must be copied for it.
+        prompt_rows: prompts go through the device step as well, one token of each request and step, whatever the chunk:
+            for many prompts at once, each of which the reference would compute row by row.
 
     Attributes:
         caches: the paged caches and their pools.
@@ -124,11 +126,12 @@ class DecodeEngine:
         device: torch.device | str = "cpu",
         buckets: Sequence[int] | None = None,
         keep_logits: bool = True,
+        prompt_rows: bool = False,
     ) -> None:
         config = model.config
         self.model = model
         self.features = Features() if features is None else features
-        self._queue = RequestQueue(slots, chunk)
+        self._queue = RequestQueue(slots, chunk, prompt_rows=prompt_rows)
         sizes = CacheSizes(
             slots=slots, max_length=max_length, cache_tokens=max_length if cache_tokens is None else cache_tokens,
             chunk=chunk, block_size=block_size, page_tokens=page_tokens,
@@ -141,6 +144,8 @@ class DecodeEngine:
             )
         if buckets is not None and not self.features.device_step:
             raise ValueError(f"buckets: got {list(buckets)}, expected None without device_step")
+        if prompt_rows and not self.features.device_step:
+            raise ValueError("prompt_rows: got True, expected False without device_step")
         check_available(model, self.features)
         computing = resident_model(model, device) if self.features.resident_weights else model
         self.operations = compose(computing, self.features, device)
@@ -252,20 +257,27 @@ class DecodeEngine:
         """Where the running requests stand, to go on from there more than once; their prompts are computed.
 
         Raises:
-            RuntimeError: nobody runs, somebody waits or has a prompt to compute, or a device step has taken over.
+            RuntimeError: nobody runs, or somebody waits or has a prompt to compute.
         """
-        unready = [r.id for r in self._queue.running if not r.decoding or self._states[r.id] is None]
+        unready = [r.id for r in self._queue.running if not r.decoding]
         if unready or self._queue.waiting or not self._queue.running:
             raise RuntimeError(
-                f"checkpoint: requests {unready} have no state to keep and {len(self._queue.waiting)} wait, expected "
-                "requests that run, whose prompts are computed and that no device step has taken over"
+                f"checkpoint: prompts of requests {unready} are not computed and {len(self._queue.waiting)} wait, "
+                "expected requests that run and decode"
             )
-        states = {id: state for id, state in self._states.items() if state is not None}
+        states = {request.id: self._state_of(request) for request in self._queue.running}
         return Checkpoint(
             self.model.config, self.caches.sizes, tuple(copied_request(r) for r in self._queue.running), states,
             {id: self.caches.window_pool.held(id) for id in states},
             {id: self.caches.page_pool.held(id) for id in states}, read_caches(self.caches),
         )  # fmt: skip
+
+    def _state_of(self, request: Request) -> State:
+        """A running request's state, handed back by the decoder if that has it."""
+        if (state := self._states[request.id]) is not None:
+            return state
+        assert self.decoder is not None
+        return self.decoder.states.hand_back(request.id, request.computed)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put these requests in the place of everybody who waits or runs, who are forgotten.
@@ -329,7 +341,8 @@ class DecodeEngine:
 
     def _compute(self, segments: Sequence[Segment]) -> list[_Computed]:
         """What the step is to give every segment; no request has changed."""
-        decodes = [segment for segment in segments if segment.request.decoding and self.decoder is not None]
+        rows = self._queue.prompt_rows
+        decodes = [s for s in segments if self.decoder is not None and (rows or s.request.decoding)]
         others = segments[len(decodes) :]
         computed = self._decode(decodes) if decodes else []
         if not others:
@@ -343,7 +356,7 @@ class DecodeEngine:
         return computed
 
     def _decode(self, segments: Sequence[Segment]) -> list[_Computed]:
-        """The same for decoding requests, by the decoder."""
+        """The same for one token of each request, by the decoder."""
         assert self.decoder is not None
         for segment in segments:
             if (state := self._states[segment.request.id]) is not None:
@@ -355,7 +368,7 @@ class DecodeEngine:
         if self._keep_logits:
             kept = logits.clone()  # the next step writes over them
         return [
-            _Computed(segment, None, True, token, row)
+            _Computed(segment, None, segment.samples, token, row)
             for segment, token, row in zip(segments, tokens, kept, strict=True)
         ]
 

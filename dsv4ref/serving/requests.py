@@ -110,16 +110,17 @@ class RequestQueue:
     Args:
         slots: requests that run at once.
         chunk: prompt tokens of a step at most, over all requests.
+        prompt_rows: instead, every prompt computes one token per step, as answers do.
 
     Raises:
         ValueError: a number below 1.
     """
 
-    def __init__(self, slots: int, chunk: int) -> None:
+    def __init__(self, slots: int, chunk: int, *, prompt_rows: bool = False) -> None:
         for name, value in (("slots", slots), ("chunk", chunk)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected a positive integer")
-        self.slots, self.chunk = slots, chunk
+        self.slots, self.chunk, self.prompt_rows = slots, chunk, prompt_rows
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -163,6 +164,8 @@ class RequestQueue:
     def schedule(self) -> tuple[Segment, ...]:
         """What the next step computes: decoding requests first, one token each, then prompts within the budget."""
         decodes = [Segment(r, r.computed, r.computed + 1) for r in self.running if r.decoding]
+        if self.prompt_rows:
+            return (*decodes, *(Segment(r, r.computed, r.computed + 1) for r in self.running if not r.decoding))
         prompts, left = [], self.chunk
         for request in self.running:
             take = min(len(request.prompt) - request.computed, left)

@@ -9,7 +9,7 @@ A slot that is taken over is poisoned before it is written, and its table rows n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class SlotStates:
     def __init__(self, model: Model, caches: PagedCaches) -> None:
         config, sizes = model.config, caches.sizes
         device = caches.layers[0].window.data.device
-        self.padding = sizes.slots
+        self.padding, self._caches = sizes.slots, caches
         self.pool = BlockPool("slots", sizes.slots)
 
         def table(tokens: int) -> Tensor:
@@ -110,6 +110,27 @@ class SlotStates:
             self.pool.give_back(owner)
             raise
         return slot
+
+    def hand_back(self, owner: int, position: int) -> State:
+        """A request's state as a value, as `join` takes it over; its slot keeps it too.
+
+        Args:
+            owner: a request that has a slot.
+            position: tokens that it has computed.
+
+        Raises:
+            ValueError: it has no slot.
+        """
+        if (slot := self.slot_of(owner)) is None:
+            raise ValueError(f"owner: got {owner}, expected one of {self.pool.owners}, who have joined")
+        state = self._caches.behind(owner, position)
+        layers = []
+        for tails, layer in zip(self.tails, state.layers, strict=True):
+            compressor, index = (
+                None if tail is None else tail.hand_back(slot, position) for tail in (tails.compressor, tails.index)
+            )
+            layers.append(replace(layer, compressor=compressor, index_compressor=index))
+        return replace(state, layers=tuple(layers))
 
     def _write_tables(self, slot: int, state: State) -> None:
         window = state.layers[0].window

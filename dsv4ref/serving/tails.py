@@ -16,12 +16,12 @@ Source: DeepSeek-V4 inference/model.py, ``Compressor.kv_state`` and ``score_stat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dsv4ref.ref.compressor import CompressorState
+from dsv4ref.ref.compressor import CompressorState, empty_state
 from dsv4ref.ref.norms import rms_norm_ref
 from dsv4ref.ref.numerics import Numerics, bf16_round_trip
 from dsv4ref.ref.rope import rotate_ref
@@ -79,6 +79,23 @@ class Tail:
             ring[slot, self._rows(begin, rows.shape[0])] = rows.to(ring.device)
             if self.overlap and state.entries:  # its first half is all that anybody still reads
                 ring[slot, self._rows(begin - self.ratio, self.ratio), : self.dim] = previous.to(ring.device)
+
+    def hand_back(self, slot: int, position: int) -> CompressorState:
+        """The open group as the reference keeps it, copied: what `take_over` would continue from.
+
+        Args:
+            slot: whose ring.
+            position: tokens that the ring has taken in.
+        """
+        entries, begin = position // self.ratio, position // self.ratio * self.ratio
+        state = empty_state(self.ratio, self.dim, self.overlap, self.kv.dtype, self.kv.device)
+        rows = self._rows(begin, position - begin)
+        state = replace(state, kv=self.kv[slot, rows], score=self.score[slot, rows], entries=entries)
+        if not (self.overlap and entries):
+            return state
+        rows = self._rows(begin - self.ratio, self.ratio)
+        previous = (ring[slot, rows, : self.dim] for ring in (self.kv, self.score))
+        return replace(state, **dict(zip(("previous_kv", "previous_score"), previous, strict=True)))
 
     def _rows(self, first: int, count: int) -> Tensor:
         return (first + torch.arange(count, device=self.kv.device)) % self.kv.shape[1]

@@ -84,18 +84,13 @@ def test_a_checkpoint_outlives_what_later_steps_write(donor: DecodeEngine, start
     assert start.nbytes == sum(copy.nbytes for copy in before)
 
 
-def test_a_checkpoint_needs_states_that_the_engine_has(model: Model, start: Checkpoint, device: str) -> None:
+def test_a_checkpoint_needs_requests_whose_prompts_are_computed(model: Model, device: str) -> None:
     fresh = engine(model, device=device, chunk=40)
-    with pytest.raises(RuntimeError, match=r"checkpoint: requests .* and 0 wait, expected requests that run"):
+    with pytest.raises(RuntimeError, match=r"checkpoint: prompts of requests \[\] are not computed and 0 wait"):
         fresh.checkpoint()
     fresh.submit(prompt(model.config, 3, 1), 4)
-    with pytest.raises(RuntimeError, match="and 1 wait, expected"):
+    with pytest.raises(RuntimeError, match="and 1 wait, expected requests that run and decode"):
         fresh.checkpoint()
-    taken = engine(model, device=device, chunk=40, features=available(model).without("captured_steps"), buckets=(2,))
-    taken.restore(start)
-    taken.step()
-    with pytest.raises(RuntimeError, match=r"checkpoint: requests \[0, 1\] have no state to keep"):
-        taken.checkpoint()
 
 
 @pytest.mark.parametrize("changes", [{"slots": 2}, {"max_length": 200}, {"chunk": 20}])
@@ -177,3 +172,47 @@ def test_steps_that_nobody_looked_at_make_the_next_one_load_its_rows(
     assert [*answers(made)] == expected
     assert first == expected[:1]
     assert decoder.loads == loads + 1
+
+
+def test_a_checkpoint_of_a_device_step_is_where_the_reference_goes_on(model: Model, device: str) -> None:
+    features = available(model).without("captured_steps", "grouped_experts")
+    taken = engine(model, device=device, features=features, buckets=(2,))
+    for seed, length in enumerate(LENGTHS):
+        taken.submit(prompt(model.config, length, 5 + seed), 20)
+    while taken.step().prefilled:
+        pass
+    taken.step()
+    assert set(taken._states.values()) == {None}, "the device has them"
+    handed = taken.checkpoint()
+    expected = answers(taken)
+    reference = engine(model, device=device)
+    reference.restore(handed)
+    assert answers(reference) == expected
+    taken.restore(handed)
+    assert answers(taken) == expected
+
+
+def test_prompts_that_go_through_device_steps_leave_what_the_reference_leaves(
+    model: Model, donor: DecodeEngine, start: Checkpoint, device: str
+) -> None:
+    features = available(model).without("captured_steps", "grouped_experts")
+    rows = engine(model, device=device, chunk=40, features=features, buckets=(2,), prompt_rows=True)
+    for seed, length in enumerate(LENGTHS):
+        rows.submit(prompt(model.config, length, 5 + seed), 40)
+    given: dict[int, list[int]] = {0: [], 1: []}
+    counts = []
+    while any(len(tokens) < STEPS for tokens in given.values()):
+        result = rows.step()
+        counts.append((result.prefilled, result.decoded))
+        for id, token in result.tokens.items():
+            given[id].append(token)
+    short, long = sorted(LENGTHS)
+    assert counts[: long + 1] == [(2, 0)] * short + [(1, 1)] * (long - short) + [(0, 2)]
+    donor.restore(start)
+    behind = {request.id: list(request.output) for request in start.requests}
+    for step in answers(donor):
+        for id, token in step.items():
+            behind[id].append(token)
+    assert {id: tokens[:STEPS] for id, tokens in given.items()} == {id: t[:STEPS] for id, t in behind.items()}
+    with pytest.raises(ValueError, match="prompt_rows: got True, expected False without device_step"):
+        engine(model, device=device, prompt_rows=True)
