@@ -233,20 +233,28 @@ def measure(
 @app.command()
 def ladder(
     out: Annotated[Path, typer.Option(help="Folder of journal, traces and report; a run that was killed continues.")],
-    preset: Annotated[str, typer.Option(help="h200-short, h200-slice (hours), or tiny: a rehearsal.")] = "h200-short",
+    preset: Annotated[
+        str, typer.Option(help="h200-short, h200-slice (the sources' 1024 requests), or tiny: a rehearsal.")
+    ] = "h200-short",
     device: Target = None,
-    repeats: Annotated[int | None, typer.Option(help="Windows per rung; may grow when a run continues.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Rounds; may grow when a run continues.")] = None,
     order: Annotated[str, typer.Option(help="source, reverse, or switches with commas.")] = "source",
     attribution: Annotated[
         str, typer.Option(help="ladder, orders (two, and each switch left out), or shapley (every set of switches).")
     ] = "ladder",
     switches: Annotated[str | None, typer.Option(help="Only these, with commas; default all there are.")] = None,
+    begin: Annotated[
+        str | None,
+        typer.Option("--from", help="First rung: everything up to this switch on, or off; default the preset's."),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="No round ends later than this; run again to continue.")] = math.inf,
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
     """Turn the engine's switches on one by one, gates first, rounds interleaved; exit 1 if a gate is red."""
     where = _prepare(device)
+    from dataclasses import replace
+
     from rich.progress import Progress
 
     from dsv4ref.optimizations import ladder_benchmark as benchmark
@@ -256,6 +264,8 @@ def ladder(
 
     with _refusals():
         chosen = get_preset(preset)
+    if begin is not None:
+        chosen = replace(chosen, begin=None if begin == "off" else begin)
     if where == "cpu" and not chosen.rehearsal:
         _refuse(f"--preset: got {preset}, which needs a GPU; expected tiny on a CPU")
     run_seed = _seed(seed)
@@ -282,7 +292,7 @@ def ladder(
             note = REHEARSAL if chosen.rehearsal else ""
             shares = [{"switch": row["switch"], **{v: tables.interval(row[v]) for v in views}, "note": note}
                       for row in found.contributions]  # fmt: skip
-            _show(shares, list(shares[0]), False, "Saved of a step, % of everything off, 95 % interval")
+            _show(shares, list(shares[0]), False, f"Saved of a step, % of {rows[0]['rung']}, 95 % interval")
         listed: tuple[tuple[Sequence[Mapping[str, Any]], str], ...] = (
             (found.inside, "A step from inside"),
             (found.traces, f"Read back from the traces in {out}"),
@@ -319,9 +329,9 @@ def report(
         with _refusals():
             html.write_text(tables.scoreboard_html(rows), encoding="utf-8")
     _show(rows, tables.scoreboard_columns(rows), as_json, "Scoreboard: ratio = baseline / optimised")
-    for device, found in ({} if as_json else ladder_report.shipped_reports()).items():
+    for (device, preset), found in ({} if as_json else ladder_report.shipped_reports()).items():
         age = "STALE" if ladder_report.is_stale(found) else "current"
-        title = f"The ladder {found['benchmark']['name']} on {device}, {found['where']['date']}, {age}"
+        title = f"The ladder {preset} on {device}, {found['where']['date']}, {age}"
         _show(ladder_report.figures(found), tables.RUNGS, False, title)
     without = [id for id in catalogue.load() if id not in {row["id"] for row in rows}]
     if without:

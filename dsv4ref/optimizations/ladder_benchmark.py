@@ -36,6 +36,7 @@ from dsv4ref.optimizations.ladder_runner import (
     interleave,
     mean_step,
     noise_floors,
+    paired_means,
     rung_rows,
 )
 from dsv4ref.optimizations.ladder_soak import Soak, run_soak
@@ -48,6 +49,7 @@ from dsv4ref.serving.features import available, unavailable
 __all__ = [
     "ATTRIBUTIONS",
     "CHAPTER",
+    "EVERYTHING_OFF",
     "MEASURED_MODULES",
     "SELDOM",
     "Plan",
@@ -66,6 +68,8 @@ SELDOM = 3
 """Sets that are no rung of the first order run in one of so many rounds, as long as that leaves rounds enough."""
 
 OFF = "off"
+EVERYTHING_OFF = "everything off"
+"""What journal and tables call the first rung of a ladder that begins with no switch on."""
 
 _PACKAGES = ("dsv4ref.serving", "dsv4ref.ref", "dsv4ref.kernels")
 
@@ -117,7 +121,7 @@ class Plan:
     def rungs(self, order: Sequence[str]) -> list[tuple[str, str]]:
         """(what is turned on, name of the set) of every rung of an order."""
         sets = attribution.prefixes(order, self.begin)
-        first = "everything off" if self.begin is None else f"everything up to {self.begin}"
+        first = EVERYTHING_OFF if self.begin is None else f"everything up to {self.begin}"
         labels = (first, *(f"+ {name}" for name in order[len(order) + 1 - len(sets) :]))
         return [(label, self.name(on)) for label, on in zip(labels, sets, strict=True)]
 
@@ -254,8 +258,8 @@ def run_ladder(
             ``records/`` and ``ladders/``, as in the package's ``data``.
         device: "cpu" or "cuda".
         seed: of weights and prompts.
-        repeats: rounds, at least `timing.MIN_ROUNDS`; default the preset's. Sets that only the second order or the
-            other views need run in one of `SELDOM` of them.
+        repeats: rounds, at least `timing.MIN_ROUNDS`; default the preset's. Replayed rungs run in ``preset.often`` times
+            as many, sets that only the second order or the other views need in one of `SELDOM` of them.
         order, which, switches: as in `make_plan`.
         inside: count launches and memory, write traces, soak; records need it.
         max_seconds: no round begins that would end later; what is missing then is left to the next run.
@@ -279,12 +283,9 @@ def run_ladder(
     header = _header(preset, plan, seed, device)
     journal = Journal(out / "ladder.jsonl", header)
     subjects, gates = open_subjects(model, preset, plan, device=device, seed=seed, progress=progress)
-    rungs = {name for _, name in plan.rungs(plan.order)}
     complete = interleave(
-        lambda: subjects, journal, rounds=rounds, steps=preset.window,
-        seldom={name for name in subjects if name.removesuffix(f" {AGAIN}") not in rungs},
-        every=max(1, min(SELDOM, rounds // timing.MIN_ROUNDS)), max_seconds=max_seconds - (time.monotonic() - started),
-        progress=progress,
+        lambda: subjects, journal, rounds=_rounds(preset, plan, subjects, rounds), steps=preset.window,
+        max_seconds=max_seconds - (time.monotonic() - started), progress=progress,
     )  # fmt: skip
     if not journal.rounds(subjects):
         raise RuntimeError(f"max_seconds: {max_seconds:g} s were over before the first round was complete")
@@ -310,7 +311,7 @@ def run_ladder(
             if preset.soak is not None:
                 soak = run_soak(model, everything, preset.soak, device=device, seed=seed, progress=progress)
     lines: tuple[Record, ...] = ()
-    recorded = device == "cuda" and not preset.rehearsal and _is_whole(plan, model)
+    recorded = device == "cuda" and not preset.rehearsal and _is_whole(preset, plan, model)
     lost = preset.soak is not None and (soak is None or soak.reason is not None)
     if recorded and whole and looked and not lost:
         lines = _records(preset, plan, journal, looked, seed)
@@ -322,9 +323,22 @@ def run_ladder(
         key = machines.current().key
         (target := out / "records" / key / f"{CHAPTER}.jsonl").unlink(missing_ok=True)
         records.write(target, lines)
-        (out / "ladders").mkdir(exist_ok=True)
-        (out / "ladders" / f"{key}.json").write_text(text, encoding="utf-8")
+        (out / "ladders" / key).mkdir(parents=True, exist_ok=True)
+        (out / "ladders" / key / f"{preset.name}.json").write_text(text, encoding="utf-8")
     return report
+
+
+def _rounds(preset: Preset, plan: Plan, subjects: Mapping[str, EngineSubject], rounds: int) -> dict[str, int]:
+    """Rounds of every subject: more of replayed rungs, fewer of sets that are no rung of the first order."""
+    rungs = {name for _, name in plan.rungs(plan.order)}
+    seldom = -(-rounds // max(1, min(SELDOM, rounds // timing.MIN_ROUNDS)))
+
+    def wanted(name: str, subject: EngineSubject) -> int:
+        if name.removesuffix(f" {AGAIN}") not in rungs:
+            return seldom
+        return rounds * preset.often if subject.replayed else rounds
+
+    return {name: wanted(name, subject) for name, subject in subjects.items()}
 
 
 def _second_runs(plan: Plan) -> list[str]:
@@ -390,9 +404,10 @@ def open_subjects(
     return subjects, gates
 
 
-def _is_whole(plan: Plan, model: Model) -> bool:
-    """Every switch in the source's order: a record's "optimized" is everything on, and says nothing of an order."""
-    return plan.order == attribution.source_order(attribution.names_of(available(model)))
+def _is_whole(preset: Preset, plan: Plan, model: Model) -> bool:
+    """Every switch in the source's order, from the first rung that is the preset's own: a record says neither."""
+    ordered = plan.order == attribution.source_order(attribution.names_of(available(model)))
+    return ordered and plan.begin == workload.get_preset(preset.name).begin
 
 
 def _give_memory_back() -> None:
@@ -466,9 +481,8 @@ def _records(
 ) -> tuple[Record, ...]:
     """One line per rung for the scoreboard; "optimized" is the last one."""
     labels, names = zip(*plan.rungs(plan.order), strict=True)
-    every = [*names, *(f"{name} {AGAIN}" for name in _second_runs(plan))]
-    means = mean_step(journal.windows, every)
-    floors = noise_floors(means, every)
+    windows = journal.windows
+    floors = noise_floors(windows, names)
     # A window's middle; all windows begin behind the prompts.
     middle = step_model.decode_tokens(preset.config, preset.requests, preset.prompt + preset.window // 2)
     stages = step_model.rows(preset.config, middle)
@@ -478,8 +492,9 @@ def _records(
     where = records.provenance(device=machine.key, device_name=machine.name, mode=kernels.mode())
     run, lines = records.new_run(), []
     for label, name, seen in zip(labels, names, inside, strict=True):
-        p20, p50, p80 = timing.percentiles([1e6 * value for value in means[name]])
-        ratio = None if name == names[0] else timing.bootstrap_ratio(means[names[0]], means[name])
+        (means,) = paired_means(windows, name)
+        p20, p50, p80 = timing.percentiles([1e6 * value for value in means])
+        ratio = None if name == names[0] else timing.bootstrap_ratio(*paired_means(windows, names[0], name))
         lines.append(
             Record(
                 chapter=CHAPTER,
@@ -488,7 +503,7 @@ def _records(
                 p20_us=p20,
                 p50_us=p50,
                 p80_us=p80,
-                repeats=len(means[name]),
+                repeats=len(means),
                 method="host clock, synchronised steps",
                 bytes=moved,
                 flops=flops,

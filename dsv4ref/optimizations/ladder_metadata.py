@@ -49,7 +49,7 @@ class MetadataHost:
 
     def steady(self) -> None:
         """A step whose rows are those of the step before, each one token further."""
-        rows = [self._decoder.row(owner, position, 0) for owner, position in self._positions.items()]
+        rows = self._decoder.rows(list(self._positions), list(self._positions.values()), [0] * len(self._positions))
         self._decoder.place(rows)
         self._decoder.remember(rows, [0] * len(rows))
         for owner in self._positions:

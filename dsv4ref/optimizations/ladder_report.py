@@ -1,8 +1,8 @@
 """A ladder's report as it ships: read back, held against the sources that it stands on, and laid out in rows.
 
 Records hold what every chapter's measurements hold, a time per variant. The rest of a ladder, its other orders, tails,
-launches, metadata and soak, is in one JSON file per device, ``data/ladders/<device>.json``: the ``report.json`` of the
-run whose records these are.
+launches, metadata and soak, is in one JSON file per device and preset, ``data/ladders/<device>/<preset>.json``: the
+``report.json`` of the run whose records these are.
 """
 
 from __future__ import annotations
@@ -10,14 +10,24 @@ from __future__ import annotations
 import importlib.resources
 import itertools
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dsv4ref.evidence import records
-from dsv4ref.optimizations.ladder_benchmark import MEASURED_MODULES
+from dsv4ref.optimizations.ladder_benchmark import CHAPTER, EVERYTHING_OFF, MEASURED_MODULES
 
-__all__ = ["contribution_texts", "figures", "headlines", "is_stale", "read_report", "shipped_reports"]
+__all__ = [
+    "adopt",
+    "begins_with_everything_off",
+    "contribution_texts",
+    "figures",
+    "headlines",
+    "is_stale",
+    "read_report",
+    "shipped_reports",
+]
 
 _PARTS = ("benchmark", "where", "complete", "rungs", "contributions", "inside", "traces", "metadata", "soak", "gates")
 
@@ -41,20 +51,52 @@ def read_report(path: Path) -> dict[str, Any]:
     return found
 
 
-def shipped_reports() -> dict[str, dict[str, Any]]:
-    """The reports that came with the package, by device; none before the first one was recorded.
+def shipped_reports() -> dict[tuple[str, str], dict[str, Any]]:
+    """The reports that came with the package, by device and preset; none before the first one was recorded.
+
+    Returns:
+        Of each device the ladders that begin with everything off come first.
 
     Raises:
-        ValueError: as `read_report`, or a report that lies under another device's name.
+        ValueError: as `read_report`, or a report that lies under another device's or preset's name.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     with importlib.resources.as_file(importlib.resources.files(records.PACKAGE) / "data" / "ladders") as folder:
-        for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        for path in sorted(folder.glob("*/*.json")) if folder.is_dir() else ():
             report = read_report(path)
-            if report["where"]["device"] != path.stem:
-                raise ValueError(f"{path}: it is of {report['where']['device']}, expected a report of {path.stem}")
-            found[path.stem] = report
-    return found
+            of = (report["where"]["device"], report["benchmark"]["name"])
+            if of != (path.parent.name, path.stem):
+                raise ValueError(f"{path}: it is of {' and '.join(of)}, expected {path.parent.name} and {path.stem}")
+            found[of] = report
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], not begins_with_everything_off(item[1]))))
+
+
+def adopt(out: Path, data: Path) -> None:
+    """Put a run's records and report among those that ship, over the last ones of its preset and no others.
+
+    Args:
+        out: folder of a complete ``dsv4ref ladder`` on a GPU.
+        data: the package's ``data``, or a folder laid out like it.
+
+    Raises:
+        ValueError: the run left no records, or no report of what they are of.
+    """
+    report = read_report(out / "report.json")
+    device, preset = report["where"]["device"], report["benchmark"]["name"]
+    found = list(records.read(out / "records" / device / f"{CHAPTER}.jsonl"))
+    if not found or {record.case for record in found} != {preset}:
+        raise ValueError(f"{out}: its records are not of {preset}, of which its report is")
+    target = data / "records" / device / f"{CHAPTER}.jsonl"
+    kept = [record for record in records.read(target) if record.case != preset] if target.exists() else []
+    target.unlink(missing_ok=True)
+    records.write(target, [*kept, *found])
+    (data / "ladders" / device).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(out / "report.json", data / "ladders" / device / f"{preset}.json")
+
+
+def begins_with_everything_off(report: Mapping[str, Any]) -> bool:
+    """Whether the first rung has no switch on; otherwise it is named for the switches that it has."""
+    return bool(report["rungs"]["order"][0]["rung"] == EVERYTHING_OFF)
 
 
 def is_stale(report: Mapping[str, Any]) -> bool:
@@ -88,7 +130,7 @@ def figures(report: Mapping[str, Any], order: str = "order") -> list[dict[str, A
 
 
 def contribution_texts(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What each switch saves, in percent of everything off's step, under every view, as texts with intervals."""
+    """What each switch saves, in percent of the first rung's step, under every view, as texts with intervals."""
     return [
         {
             key: value
@@ -112,13 +154,14 @@ def headlines(report: Mapping[str, Any]) -> list[dict[str, str]]:
     rows = figures(report)
     off, on = rows[0], rows[-1]
     eager = next((row for row, after in itertools.pairwise(rows) if after["rung"] == "+ captured_steps"), None)
-    found = [("everything on against everything off", _ratio(on), "stated with its interval")]
-    if eager is not None:
-        found.append(("the last eager rung against everything off", _ratio(eager), "stated with its interval"))
-    found.append(("A/A noise floor, everything off", f"{100 * off['noise_floor']:.2f} %", "at most 0.3 %"))
-    found.append(("A/A noise floor, everything on", f"{100 * on['noise_floor']:.2f} %", "at most 0.3 %"))
+    first = off["rung"]
+    found = [(f"everything on against {first}", _ratio(on), "stated with its interval")]
+    if eager is not None and eager is not off:
+        found.append((f"the last eager rung against {first}", _ratio(eager), "stated with its interval"))
+    found.append((f"A/A noise floor, {first}", f"{100 * off['noise_floor']:.3f} %", "at most 0.3 %"))
+    found.append(("A/A noise floor, everything on", f"{100 * on['noise_floor']:.3f} %", "at most 0.3 %"))
     if on["host_percent"] is not None:
-        found.append(("host share of a replayed step", f"{on['host_percent']:.1f} %", "below 5 %"))
+        found.append(("host share of a replayed step", f"{on['host_percent']:.2f} %", "below 5 %"))
     for row in report["metadata"]:
         if row["step"] == "steady":
             about = f"metadata of a steady step, {row['batch']} rows: launches"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,7 @@ __all__ = [
     "interleave",
     "mean_step",
     "noise_floors",
+    "paired_means",
     "rung_rows",
     "windows_by_round",
 ]
@@ -239,20 +240,27 @@ def interleave(
     return True
 
 
-def _left(journal: Journal, names: Sequence[str], seldom: Collection[str], rounds: int, every: int) -> list[str] | None:
-    """Who runs in the next round; None if no round is wanted any more."""
-    often = [name for name in names if name not in seldom]
-    done, full, wanted = journal.rounds(often), journal.rounds(names), -(-rounds // every)
-    if done >= rounds and full >= wanted:
-        return None
-    return list(names) if full < wanted and (full * every <= done or done >= rounds) else often
+def _left(journal: Journal, wanted: Mapping[str, int]) -> list[str]:
+    """Who runs in the next round; nobody if no round is wanted any more."""
+    done = {count: journal.rounds(name for name in wanted if wanted[name] >= count) for count in set(wanted.values())}
+    most = max(done)
+    # Not ahead of their share of the rounds that there are, or all of those are there.
+    due = [count for count in done if done[count] < count and done[count] * most <= done[most] * count]
+    late = [count for count in done if done[count] < count and done[most] >= most]
+    rarest = min((*due, *late), default=most + 1)
+    return [name for name, count in wanted.items() if count >= rarest]
 
 
 def mean_step(windows: Iterable[Window], names: Iterable[str]) -> dict[str, list[float]]:
-    """Mean seconds of a step, per subject and complete round."""
+    """Mean seconds of a step, per subject and round that has all of them."""
     names = list(names)
     complete = windows_by_round(windows, names)
     return {name: [float(np.mean(found[name].seconds)) for found in complete.values()] for name in names}
+
+
+def paired_means(windows: Iterable[Window], *names: str) -> list[list[float]]:
+    """The same as a list in the order of the names, for two that are compared."""
+    return list(mean_step(windows, names).values())
 
 
 # --- rows ---
@@ -280,7 +288,8 @@ def rung_rows(
         Rows with rung, gate, tok_s, tpot_ms, p99_ms (None where there are too few steps), change and change_ci in
         percent against the nearest green rung before, sign (of a resolved change, else 0), verdict, speedup and
         speedup_ci against the baseline, noise_floor, rounds, note. A rung's noise_floor is that of the A/A pair whose
-        steps are nearest to its own in length; two rungs are held against the larger of theirs.
+        steps are nearest to its own in length; two rungs are held against the larger of theirs. Times are of all
+        windows of a rung, whose number is rounds; a change is of the rounds that both are in.
 
     Raises:
         ValueError: no rungs, no complete round, or a subject without a gate.
@@ -292,21 +301,21 @@ def rung_rows(
     baseline = rungs[0][1]
     again = f"{baseline} {AGAIN}"
     green = [subject for _, subject in rungs if gates[subject] is None]
-    pairs = [subject for subject in green if f"{subject} {AGAIN}" in {window.name for window in windows}]
-    names = list(dict.fromkeys((baseline, again, *green, *(f"{subject} {AGAIN}" for subject in pairs))))
+    names = list(dict.fromkeys((baseline, again, *green)))
     complete = windows_by_round(windows, names)
     if not complete:
         raise ValueError(f"windows: no round has all of {', '.join(names)}, expected at least one")
-    means = mean_step(windows, names)
-    floors = noise_floors(means, names)
+    floors = noise_floors(windows, names)
     rows: list[dict[str, Any]] = []
     before: str | None = None
     for label, subject in rungs:
         row: dict[str, Any] = {"rung": label, "gate": gates[subject] or "green"} | dict.fromkeys(_FIGURES)
+        rounds = 0
         if gates[subject] is not None:
             row["verdict"] = "refused: red gate"
         else:
-            seconds = [s for found in complete.values() for s in found[subject].seconds]
+            own = [window.seconds for window in windows if window.name == subject]
+            seconds, rounds = [step for window in own for step in window], len(own)
             p99 = tail(seconds).seconds
             row["tok_s"], row["tpot_ms"] = requests / float(np.mean(seconds)), 1e3 * float(np.mean(seconds))
             row["p99_ms"] = None if p99 is None else 1e3 * p99
@@ -314,14 +323,14 @@ def rung_rows(
             row["verdict"] = f"A/A floor {100 * floors[subject]:.2f} %"
             if before is not None:
                 step, whole = (
-                    change(means[other], means[subject], max(floors[other], floors[subject]))
+                    change(*paired_means(windows, other, subject), max(floors[other], floors[subject]))
                     for other in (before, baseline)
                 )
                 low, row["change"], high = step.percent
                 row |= {"change_ci": [low, high], "sign": step.sign, "verdict": step.verdict}
                 row |= {"speedup": whole.ratio.median, "speedup_ci": [whole.ratio.low, whole.ratio.high]}
             before = subject
-        row |= {"rounds": len(complete), "note": REHEARSAL if rehearsal else ""}
+        row |= {"rounds": rounds, "note": REHEARSAL if rehearsal else ""}
         rows.append(row)
     return rows
 
@@ -331,29 +340,29 @@ _FIGURES = (
 )  # fmt: skip
 
 
-def noise_floors(means: Mapping[str, Sequence[float]], names: Iterable[str]) -> dict[str, float]:
+def noise_floors(windows: Sequence[Window], names: Iterable[str]) -> dict[str, float]:
     """The noise floor of every subject: that of the A/A pair whose mean step is nearest to its own, as a ratio.
 
     A pair of slow steps says nothing about fast ones: what disturbs a step of the host by a share of it may be another
     share of a replayed graph.
 
     Args:
-        means: subject -> mean seconds of a step, one per round, with at least one subject's second run.
-        names: of the subjects; those of second runs are left out.
+        windows: of a journal, with at least one subject's second run.
+        names: of the subjects.
 
     Raises:
         ValueError: no subject has a second run.
     """
-    pairs = {name: f"{name} {AGAIN}" for name in means if f"{name} {AGAIN}" in means}
+    names, ran = list(dict.fromkeys(names)), {window.name for window in windows}
+    pairs = [name for name in names if f"{name} {AGAIN}" in ran]
     if not pairs:
-        raise ValueError(f"means: got {', '.join(means)}, expected a second run of at least one, named '... {AGAIN}'")
-    floors = {name: timing.noise_floor(timing.bootstrap_ratio(means[name], means[pairs[name]])) for name in pairs}
-    typical = {name: math.log(float(np.mean(values))) for name, values in means.items()}
-    return {
-        name: floors[min(pairs, key=lambda pair: abs(typical[pair] - typical[name]))]
-        for name in names
-        if name not in pairs.values()
+        raise ValueError(f"windows: got {', '.join(sorted(ran))}, expected a second run of one, named '... {AGAIN}'")
+    floors = {
+        name: timing.noise_floor(timing.bootstrap_ratio(*paired_means(windows, name, f"{name} {AGAIN}")))
+        for name in pairs
     }
+    typical = {name: math.log(float(np.mean(paired_means(windows, name)))) for name in names}
+    return {name: floors[min(pairs, key=lambda pair: abs(typical[pair] - typical[name]))] for name in names}
 
 
 def contribution_rows(

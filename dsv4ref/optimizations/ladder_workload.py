@@ -84,7 +84,8 @@ class Preset:
         window: decode steps of one sample at most.
         sample_s: seconds that a sample should take; a rung whose step is long takes fewer steps, at least two.
         warmup: decode steps of a fresh engine that are not counted, and whose tokens its gate compares.
-        repeats: windows per rung unless the command says otherwise.
+        repeats: rounds unless the command says otherwise.
+        often: rounds of the rungs that are replayed, for one of the others.
         gate: requests, prompt and output tokens of the gate with joins.
         batches: batch sizes whose metadata is measured.
         soak: the run of joins and leaves; None where another preset's says the same.
@@ -104,6 +105,7 @@ class Preset:
     sample_s: float
     warmup: int
     repeats: int
+    often: int
     gate: tuple[int, int, int]
     batches: tuple[int, ...]
     soak: SoakPlan | None
@@ -117,9 +119,10 @@ class Preset:
         return self.prompt + self.output - 1
 
     def settings(self) -> dict[str, Any]:
-        """Everything that a run may not change while it resumes, as plain values; repeats may."""
+        """Everything that a run may not change while it resumes, as plain values; how many rounds may."""
         values = asdict(self)
-        del values["repeats"], values["about"]
+        for name in ("repeats", "often", "about"):
+            del values[name]
         return values
 
     def facts(self) -> dict[str, Any]:
@@ -167,18 +170,18 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         preset.name: preset
         for preset in (
             Preset(
-                "h200-slice", requests=1024, prompt=512, output=512, chunk=64, prompt_rows=True, warmup=3, soak=None,
-                begin="device_step", **_FLASH,
+                "h200-slice", requests=1024, prompt=512, output=512, chunk=64, prompt_rows=True, warmup=3, often=1,
+                soak=None, begin="device_step", **_FLASH,
                 about="the sources' benchmark (512 in, 512 out, 1024 concurrent) on three layers of V4-Flash",
             ),
             Preset(
-                "h200-short", requests=32, prompt=124, output=512, chunk=2048, prompt_rows=False, warmup=5,
+                "h200-short", requests=32, prompt=124, output=512, chunk=2048, prompt_rows=False, warmup=5, often=5,
                 soak=SoakPlan(2000, 100, 8, ((4, 100), (2, 40), (9, 200), (6, 60), (1, 20))), begin=None, **_FLASH,
                 about="the same layers with 32 requests of 124 tokens, whose first steps close entries of both kinds",
             ),
             Preset(
                 "tiny", _TINY, requests=2, prompt=5, output=16, chunk=16, prompt_rows=False, window=2, sample_s=60.0,
-                warmup=2, repeats=10, gate=(3, 26, 4), batches=(1, 4),
+                warmup=2, repeats=10, often=1, gate=(3, 26, 4), batches=(1, 4),
                 soak=SoakPlan(12, 4, 2, ((3, 4), (26, 2), (1, 3))), begin=None, rehearsal=True,
                 about="the same method on a toy; no statement about speed",
             ),

@@ -20,7 +20,7 @@ from torch import Tensor
 from dsv4ref.ref.model import Model
 from dsv4ref.ref.state import State
 from dsv4ref.serving.blocks import PagedCaches
-from dsv4ref.serving.device_step import NO_ANSWER, DeviceStep, Row
+from dsv4ref.serving.device_step import NO_ANSWER, DeviceStep, Rows
 from dsv4ref.serving.graphs import Buckets
 from dsv4ref.serving.operations import Operations
 from dsv4ref.serving.slot_states import SlotStates
@@ -63,7 +63,7 @@ class DeviceDecoder:
         self._device = caches.layers[0].window.data.device
         self._wanted = tuple(sorted(sizes))
         self._graphs: Buckets | None = None
-        self._held: dict[int, list[Row]] = {}
+        self._held: dict[int, Rows] = {}
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ class DeviceDecoder:
         with torch.no_grad():
             for size in self._wanted:
                 self._held.pop(size, None)
-                self.steps[size].load(())
+                self.steps[size].load(Rows())
                 graphs.capture(size, partial(self.steps[size].run, operations))
         self._graphs = graphs
 
@@ -103,17 +103,19 @@ class DeviceDecoder:
         """Forget a request; nothing if it never joined."""
         self.states.leave(owner)
 
-    def row(self, owner: int, position: int, token: int) -> Row:
-        """A row of a request that has joined.
+    def rows(self, owners: Sequence[int], positions: Sequence[int], tokens: Sequence[int]) -> Rows:
+        """Rows of requests that have joined.
+
+        Args:
+            owners: the requests' ids, all different.
+            positions, tokens: one of each.
 
         Raises:
-            ValueError: it has not.
+            ValueError: one has not joined.
         """
-        if (slot := self.states.slot_of(owner)) is None:
-            raise ValueError(f"owner: got {owner}, expected one of {self.states.pool.owners}, who have joined")
-        return Row(slot, position, token)
+        return Rows(self.states.slots_of(owners), positions, tokens)
 
-    def decode(self, rows: Sequence[Row], operations: Operations) -> tuple[list[int | None], Tensor]:
+    def decode(self, rows: Rows, operations: Operations) -> tuple[list[int | None], Tensor]:
         """Compute the next token of every row.
 
         Args:
@@ -132,9 +134,12 @@ class DeviceDecoder:
         logits = self.launch(len(rows), operations)
         answers: list[int] = step.answers[: len(rows)].tolist()
         self.remember(rows, answers)
-        return [None if answer == NO_ANSWER else answer for answer in answers], logits[: len(rows)]
+        known: list[int | None] = list(answers)
+        if NO_ANSWER in answers:
+            known = [None if answer == NO_ANSWER else answer for answer in answers]
+        return known, logits[: len(rows)]
 
-    def place(self, rows: Sequence[Row]) -> DeviceStep:
+    def place(self, rows: Rows) -> DeviceStep:
         """The host's part of a step before its launch: see that the buffers hold its rows.
 
         Args:
@@ -148,7 +153,7 @@ class DeviceDecoder:
         """
         step = self.steps[self._size_for(len(rows))]
         # Taken out: until the step has succeeded nobody knows what its buffers hold.
-        if self._held.pop(step.rows, None) != list(rows):
+        if self._held.pop(step.rows, None) != rows:
             step.load(rows)
             self.loads += 1
         return step
@@ -176,7 +181,7 @@ class DeviceDecoder:
             return logits
         return step.run(operations)
 
-    def remember(self, rows: Sequence[Row], answers: Sequence[int]) -> None:
+    def remember(self, rows: Rows, answers: Sequence[int]) -> None:
         """The host's part behind it: note what a step of these rows has left in its buffers.
 
         Args:
@@ -184,8 +189,7 @@ class DeviceDecoder:
             answers: per row its token, or `NO_ANSWER`, with which nothing is noted.
         """
         if NO_ANSWER not in answers:
-            held = [Row(row.slot, row.position + 1, answer) for row, answer in zip(rows, answers, strict=True)]
-            self._held[self._size_for(len(rows))] = held
+            self._held[self._size_for(len(rows))] = rows.followed_by(answers)
 
     def _size_for(self, rows: int) -> int:
         for size in self.steps:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,24 +45,32 @@ from dsv4ref.serving.resident import index_values, write_entries
 from dsv4ref.serving.slot_states import LayerTails, SlotStates
 from dsv4ref.serving.tails import Tail, append_and_pool, place_rows
 
-__all__ = ["NO_ANSWER", "DeviceStep", "Row"]
+__all__ = ["NO_ANSWER", "DeviceStep", "Rows"]
 
 NO_ANSWER = -1
 """The answer of a row whose logits are not finite."""
 
 
-class Row(NamedTuple):
-    """What a step computes for one request.
+@dataclass(frozen=True)
+class Rows:
+    """What a step computes: one token of each of several requests; lists, since the host has them in every step.
 
     Args:
-        slot: the request's.
-        position: of the token.
-        token: its id.
+        slots: the requests'.
+        positions: of the tokens.
+        tokens: their ids.
     """
 
-    slot: int
-    position: int
-    token: int
+    slots: Sequence[int] = ()
+    positions: Sequence[int] = ()
+    tokens: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def followed_by(self, answers: Sequence[int]) -> Rows:
+        """The next tokens of the same requests."""
+        return Rows(self.slots, [position + 1 for position in self.positions], answers)
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ class DeviceStep:
         mine = (self.tokens, self.answers, self._attended, *vars(self._scratch).values())
         return self.lists.nbytes - shared + sum(tensor.nbytes for tensor in mine)
 
-    def load(self, rows: Sequence[Row]) -> None:
+    def load(self, rows: Rows) -> None:
         """Copy a step's rows into place and mark those behind them as padding; the host's part.
 
         Args:
@@ -167,11 +174,10 @@ class DeviceStep:
         """
         if len(rows) > self.rows:
             raise ValueError(f"rows: got {len(rows)}, expected at most {self.rows}")
-        columns = torch.tensor([(row.position, row.slot, row.token) for row in rows], dtype=torch.int64).view(-1, 3)
-        columns = columns.to(self.tokens.device)
-        positions, slots = columns[:, :2].to(torch.int32).unbind(1)
+        columns = torch.tensor([rows.positions, rows.slots, rows.tokens], dtype=torch.int64).to(self.tokens.device)
+        positions, slots = columns[:2].to(torch.int32)
         self.lists.place(positions, slots)
-        self.tokens[: len(rows)].copy_(columns[:, 2])
+        self.tokens[: len(rows)].copy_(columns[2])
         self.tokens[len(rows) :].zero_()
 
     def run(self, operations: Operations) -> Tensor:

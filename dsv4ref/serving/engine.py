@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,8 +61,7 @@ class StepResult:
     prefilled: int = 0
 
 
-@dataclass(frozen=True)
-class _Computed:
+class _Computed(NamedTuple):
     """What a step has for a segment before anybody's request changes.
 
     Args:
@@ -361,26 +361,28 @@ class DecodeEngine:
         for segment in segments:
             if (state := self._states[segment.request.id]) is not None:
                 self.decoder.join(segment.request.id, state)
-        requests = [segment.request for segment in segments]
-        rows = [self.decoder.row(r.id, r.computed, *r.tokens(r.computed, r.computed + 1)) for r in requests]
-        tokens, logits = self.decoder.decode(rows, self.operations)
+        requests, positions = [s.request for s in segments], [s.begin for s in segments]
+        tokens = [r.token(position) for r, position in zip(requests, positions, strict=True)]
+        rows = self.decoder.rows([r.id for r in requests], positions, tokens)
+        answers, logits = self.decoder.decode(rows, self.operations)
         kept: Iterable[Tensor | None] = [None] * len(rows)
         if self._keep_logits:
             kept = logits.clone()  # the next step writes over them
         return [
             _Computed(segment, None, segment.samples, token, row)
-            for segment, token, row in zip(segments, tokens, kept, strict=True)
+            for segment, token, row in zip(segments, answers, kept, strict=True)
         ]
 
     def _commit(self, segments: Sequence[Segment], computed: Sequence[_Computed]) -> StepResult:
         """Give every request its new state, and its token if it is due one."""
         tokens, rows, decoded, prefilled = {}, {}, 0, 0
-        for item in computed:
-            segment, request = item.segment, item.segment.request
-            width = segment.end - segment.begin
-            decoded, prefilled = (decoded + width, prefilled) if request.decoding else (decoded, prefilled + width)
-            self._states[request.id] = item.state
-            request.computed = segment.end
+        for (request, begin, end), state, *_ in computed:
+            if request.decoding:
+                decoded += end - begin
+            else:
+                prefilled += end - begin
+            self._states[request.id] = state
+            request.computed = end
         for item in computed:
             request = item.segment.request
             if request.cancelled or not item.sampled:

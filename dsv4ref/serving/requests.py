@@ -16,6 +16,7 @@ import enum
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +75,11 @@ class Request:
         """Whether its prompt is computed."""
         return self.computed >= len(self.prompt)
 
+    def token(self, position: int) -> int:
+        """The token at a position of prompt and output."""
+        of_prompt = len(self.prompt)
+        return self.prompt[position] if position < of_prompt else self.output[position - of_prompt]
+
     def tokens(self, begin: int, end: int) -> list[int]:
         """Tokens ``begin .. end - 1`` of prompt and output."""
         of_prompt = len(self.prompt)
@@ -85,8 +91,7 @@ class Request:
         return len(self.output) == self.max_new_tokens or token in self.stop
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Consecutive tokens of one request that a step computes.
 
     Args:
@@ -164,10 +169,13 @@ class RequestQueue:
     def schedule(self) -> tuple[Segment, ...]:
         """What the next step computes: decoding requests first, one token each, then prompts within the budget."""
         decodes = [Segment(r, r.computed, r.computed + 1) for r in self.running if r.decoding]
+        if len(decodes) == len(self.running):
+            return tuple(decodes)
+        behind = [r for r in self.running if not r.decoding]
         if self.prompt_rows:
-            return (*decodes, *(Segment(r, r.computed, r.computed + 1) for r in self.running if not r.decoding))
+            return (*decodes, *(Segment(r, r.computed, r.computed + 1) for r in behind))
         prompts, left = [], self.chunk
-        for request in self.running:
+        for request in behind:
             take = min(len(request.prompt) - request.computed, left)
             if take > 0:
                 prompts.append(Segment(request, request.computed, request.computed + take))

@@ -9,6 +9,7 @@ A slot that is taken over is poisoned before it is written, and its table rows n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +56,7 @@ class SlotStates:
         device = caches.layers[0].window.data.device
         self.padding, self._caches = sizes.slots, caches
         self.pool = BlockPool("slots", sizes.slots)
+        self._slots: dict[int, int] = {}  # what the pool says, as a step reads it
 
         def table(tokens: int) -> Tensor:
             shape = (sizes.slots + 1, -(-sizes.max_length // tokens))
@@ -81,7 +83,18 @@ class SlotStates:
 
     def slot_of(self, owner: int) -> int | None:
         """The slot that a request has; None if it has none."""
-        return next(iter(self.pool.held(owner)), None)
+        return self._slots.get(owner)
+
+    def slots_of(self, owners: Sequence[int]) -> list[int]:
+        """The slots of requests that have one.
+
+        Raises:
+            ValueError: one has none.
+        """
+        try:
+            return [self._slots[owner] for owner in owners]
+        except KeyError as error:
+            raise ValueError(f"owner: got {error}, expected one of {self.pool.owners}, who have joined") from None
 
     def join(self, owner: int, state: State) -> int:
         """Give a request a slot and hand its state over.
@@ -109,6 +122,7 @@ class SlotStates:
         except BaseException:
             self.pool.give_back(owner)
             raise
+        self._slots[owner] = slot
         return slot
 
     def hand_back(self, owner: int, position: int) -> State:
@@ -121,8 +135,7 @@ class SlotStates:
         Raises:
             ValueError: it has no slot.
         """
-        if (slot := self.slot_of(owner)) is None:
-            raise ValueError(f"owner: got {owner}, expected one of {self.pool.owners}, who have joined")
+        (slot,) = self.slots_of([owner])
         state = self._caches.behind(owner, position)
         layers = []
         for tails, layer in zip(self.tails, state.layers, strict=True):
@@ -146,5 +159,6 @@ class SlotStates:
         if (slot := self.slot_of(owner)) is None:
             return
         self.pool.give_back(owner)
+        del self._slots[owner]
         self.window_table[slot].fill_(-1)
         self.page_table[slot].fill_(-1)

@@ -30,7 +30,7 @@ from dsv4ref.ref.model import Model
 from dsv4ref.serving import graphs
 from dsv4ref.serving.decode_lists import DecodeLists
 from dsv4ref.serving.device_decoder import DeviceDecoder
-from dsv4ref.serving.device_step import DeviceStep, Row
+from dsv4ref.serving.device_step import DeviceStep, Rows
 from dsv4ref.serving.engine import DecodeEngine
 from dsv4ref.serving.features import Features, available
 
@@ -114,14 +114,18 @@ def test_any_step_may_be_the_one_that_is_captured(model: Model, device: str) -> 
             subject.submit(tokens, new)
         for _ in range(3):
             subject.step()
-    rows = [decoder(twins[0]).row(id, request.computed, request.output[-1]) for id, request in live(twins[0]).items()]
+    held = live(twins[0])
+    positions, tokens = [r.computed for r in held.values()], [r.output[-1] for r in held.values()]
+    rows = decoder(twins[0]).rows(list(held), positions, tokens)
+    turned = Rows(rows.slots[::-1], positions[::-1], tokens[::-1])
+    first = Rows(rows.slots[:1], positions[:1], tokens[:1])
     steps = [decoder(subject).steps[2] for subject in twins]
     operations = [subject.operations for subject in twins]
     with torch.no_grad():
         steps[0].load(rows)
         # An emulated capture runs the step, a real one only records it: what is compared is a replay's.
         graph = graphs.capture(partial(steps[0].run, operations[0]), device=device, warmup=0)
-        for other in (rows, rows[::-1], rows[:1], [Row(row.slot, row.position + 1, 7) for row in rows], ()):
+        for other in (rows, turned, first, rows.followed_by([7] * len(rows)), Rows()):
             for step in steps:
                 step.load(other)
             graph.replay()
@@ -241,7 +245,7 @@ def test_rows_are_loaded_when_somebody_joins_or_leaves_and_else_fed_back(
     right = decoder(subject).decode
 
     def decode(rows: Any, operations: Any) -> Any:
-        batches.append([(row.slot, row.position) for row in rows])
+        batches.append(list(zip(rows.slots, rows.positions, strict=True)))
         return right(rows, operations)
 
     decoder(subject).decode = decode  # type: ignore[method-assign]

@@ -28,7 +28,7 @@ from dsv4ref.ref.numerics import DEFAULT
 from dsv4ref.ref.rope import layer_frequencies
 from dsv4ref.serving.blocks import CacheSizes, PagedCaches
 from dsv4ref.serving.device_decoder import DeviceDecoder
-from dsv4ref.serving.device_step import Row
+from dsv4ref.serving.device_step import Rows
 from dsv4ref.serving.features import available
 from dsv4ref.serving.operations import Operations, compose
 from dsv4ref.serving.resident import resident_model
@@ -138,7 +138,7 @@ def test_a_device_step_stays_on_its_device_and_reads_nothing_back(
     sizes = CacheSizes(slots=3, max_length=300, cache_tokens=768, chunk=20)
     caches = PagedCaches(model.config, sizes, model.numerics, ELSEWHERE)
     step = DeviceDecoder(model, caches, (2,), skip_full=skip_full).steps[2]
-    step.load((Row(0, 5, 3),))
+    step.load(Rows([0], [5], [3]))
     launches.clear()
     logits = step.run(operations)
     assert (logits.device.type, tuple(logits.shape)) == (ELSEWHERE, (2, model.config.vocab_size))
