@@ -1,10 +1,10 @@
 """Run a ladder: gates, interleaved rounds in a journal that survives a kill, and the rows that may be reported.
 
 A round runs a window of steps of every subject, in an order that changes from round to round, and at least the first
-rung twice. Subjects that only second views need may take part in fewer rounds; whatever is compared, is over the rounds
-that have all of it.
+rung twice. Subjects of which more rounds are wanted run alone in those that the others are not in: rounds are what
+narrows an interval, and a fast step's cost less. Whatever is compared, is over the rounds that have all of it.
 Each window is one line of the journal, written before the next one starts. A run that was killed continues with a fresh
-pass of engines: complete rounds count, the one that was cut off does not. The journal's first line says what was
+pass of engines, and the round that was cut off is run again. The journal's first line says what was
 measured, on what and by which source; a run that differs in any of it is refused, since its rounds would be mixed with
 the old ones.
 
@@ -182,10 +182,8 @@ def interleave(
     open_pass: Callable[[], Mapping[str, Subject]],
     journal: Journal,
     *,
-    rounds: int,
+    rounds: int | Mapping[str, int],
     steps: int,
-    seldom: Collection[str] = (),
-    every: int = 1,
     max_seconds: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -195,10 +193,9 @@ def interleave(
     Args:
         open_pass: fresh subjects by name, warmed up; called again when they are worn out.
         journal: takes the windows; its complete rounds count towards ``rounds``.
-        rounds: complete rounds wanted, those on disk included.
+        rounds: complete rounds wanted, those on disk included; by name where subjects differ in it. Those of which most
+            are wanted run in every round, the others in their share, evenly.
         steps: of a window at most.
-        seldom: names of subjects that are wanted in one round of ``every`` only.
-        every: as above, from 1 on.
         max_seconds: no round begins that would end later, as long as the longest one so far took.
         clock: seconds.
         progress: called with what runs, windows done and windows wanted.
@@ -207,36 +204,36 @@ def interleave(
         Whether all rounds are there.
 
     Raises:
-        ValueError: an ``every`` below 1.
+        ValueError: a subject of which not even one round is wanted.
         RuntimeError: fresh subjects have no room for a window.
     """
-    if every < 1:
-        raise ValueError(f"every: got {every}, expected at least 1")
     started, longest = clock(), 0.0
     subjects: Mapping[str, Subject] = {}
+    wanted: dict[str, int] = {}
     while True:
         if not subjects or min(subject.room for subject in subjects.values()) < steps:
-            names = list(subjects)
-            if names and _left(journal, names, seldom, rounds, every) is None:
+            if subjects and not _left(journal, wanted):
                 break
             subjects = {}  # frees the worn-out engines before their successors are built
             subjects = open_pass()
-            names = list(subjects)
+            wanted = {name: rounds if isinstance(rounds, int) else rounds[name] for name in subjects}
+            if few := [name for name, count in wanted.items() if count < 1]:
+                raise ValueError(f"rounds: got {wanted[few[0]]} of {few[0]}, expected at least 1")
             if min(subject.room for subject in subjects.values()) < steps:
                 raise RuntimeError(f"steps: a fresh subject has no room for a window of {steps}")
-        if (taking := _left(journal, names, seldom, rounds, every)) is None:
+        if not (taking := _left(journal, wanted)):
             break
         begun = clock()
         if begun - started + longest > max_seconds:
             return False
-        number, done = journal.next_round, journal.rounds(taking)
-        for place, name in enumerate(timing.round_order(taking, number)):
-            progress(name, done * len(taking) + place, rounds * len(taking))
+        number, done = journal.next_round, len(journal.windows)
+        for place, name in enumerate(timing.round_order(taking, journal.rounds(taking))):
+            progress(name, done + place, sum(wanted.values()))
             # No name for the subject: it would keep a worn-out engine beside all of its successors.
             context = subjects[name].context
             journal.add(Window(number, name, context, subjects[name].window(steps)))
         longest = max(longest, clock() - begun)
-    progress("done", rounds * len(names), rounds * len(names))
+    progress("done", sum(wanted.values()), sum(wanted.values()))
     return True
 
 

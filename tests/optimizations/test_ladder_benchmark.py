@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from dsv4ref.optimizations import ladder_benchmark as benchmark
 from dsv4ref.optimizations import ladder_inside as inside
 from dsv4ref.optimizations import ladder_subjects as subjects
 from dsv4ref.optimizations import ladder_workload as workload
-from dsv4ref.optimizations.ladder_runner import REHEARSAL, MixedRunError, Window
+from dsv4ref.optimizations.ladder_runner import REHEARSAL, MixedRunError, Window, mean_step
 from dsv4ref.optimizations.report import report_rows
 from dsv4ref.ref.model import Model
 from dsv4ref.serving.engine import DecodeEngine
@@ -98,8 +99,8 @@ def test_a_preset_has_all_kinds_of_layers_and_room_for_its_windows(preset: workl
     assert sorted(kinds) == sorted(LAYER_KINDS.values())
     assert any(preset.config.is_hash_layer(layer) for layer in range(preset.config.n_layers))
     assert not all(preset.config.is_hash_layer(layer) for layer in range(preset.config.n_layers))
-    # The first requests decode while the last prompts are computed.
-    prompts = -(-preset.requests * preset.prompt // preset.chunk)
+    # The first requests decode while the last prompts are computed; rows of all prompts go side by side.
+    prompts = 1 if preset.prompt_rows else -(-preset.requests * preset.prompt // preset.chunk)
     assert preset.output - prompts - preset.warmup > preset.window
     assert preset.repeats >= timing.MIN_ROUNDS
     json.dumps(preset.settings())
@@ -114,18 +115,21 @@ def test_the_large_preset_is_the_sources_benchmark_at_flash_widths() -> None:
     assert not preset.rehearsal
 
 
-def test_the_short_preset_differs_in_its_requests_and_prompts_alone() -> None:
+def test_the_short_preset_differs_in_its_requests_and_in_what_those_cost() -> None:
     short, large = workload.get_preset("h200-short"), workload.get_preset("h200-slice")
-    own = ("name", "requests", "prompt", "about")
+    own = ("name", "requests", "prompt", "about", "chunk", "prompt_rows", "warmup", "often", "soak", "begin")
     assert replace(short, **{name: getattr(large, name) for name in own}) == large
+    assert short.begin is None, "one of the two has every rung"
+    assert short.soak is not None
     assert short.repeats * short.window >= 299, "steps enough for a p99 of a fast rung"
 
 
-def test_the_steps_that_warm_the_short_preset_up_close_entries_of_both_kinds() -> None:
-    preset = workload.get_preset("h200-short")
+@pytest.mark.parametrize(("name", "ratios"), [("h200-short", (4, 128)), ("h200-slice", (4,))])
+def test_the_steps_that_warm_a_preset_up_close_entries(name: str, ratios: tuple[int, ...]) -> None:
+    preset = workload.get_preset(name)
     behind = preset.prompt  # the prompts' last step decodes the first requests' next token
-    for ratio in (4, 128):
-        assert any(position % ratio == ratio - 1 for position in range(behind + 1, behind + preset.warmup)), ratio
+    for ratio in ratios:
+        assert any(position % ratio == ratio - 1 for position in range(behind + 1, behind + 1 + preset.warmup)), ratio
 
 
 @pytest.mark.parametrize("name", ["h200-short", "h200-slice"])
@@ -280,8 +284,57 @@ def test_sets_that_only_other_views_need_run_in_fewer_rounds(tmp_path: Path, dev
     assert {row["rounds"] for row in found.rungs["order"]} == {20}
     found = run(tmp_path / "two", device, which="orders", repeats=20, inside=False)
     assert {row["rounds"] for row in found.rungs["order"]} == {20}
-    assert {row["rounds"] for row in found.rungs["reverse"]} == {10}
+    assert {row["rounds"] for row in found.rungs["reverse"][1:-1]} == {10}
     assert found.contributions is not None
+
+
+def test_a_ladder_may_begin_with_switches_on_and_says_so(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = replace(SHORT, begin="shrink_tail_fill")
+    found = benchmark.run_ladder(later, tmp_path, device=device, seed=0, switches=CHEAP, inside=False)
+    first, second = found.rungs["order"]
+    assert (first["rung"], second["rung"]) == ("everything up to shrink_tail_fill", "+ cached_projection")
+    assert list(found.gates) == ["shrink_tail_fill", "shrink_tail_fill+cached_projection"]
+    assert found.contributions is not None
+    assert [row["switch"] for row in found.contributions] == ["cached_projection", "sum"]
+    header, *windows = (json.loads(line) for line in (tmp_path / "ladder.jsonl").read_text().splitlines())
+    assert header["benchmark"]["begin"] == "shrink_tail_fill"
+    assert "off" not in {window["name"] for window in windows}, "everything off is the gate's oracle and no rung"
+    means = mean_step([Window(**window) for window in windows], found.gates)
+    ratios = np.divide(*(means[name] for name in found.gates))
+    assert second["speedup"] == pytest.approx(np.median(ratios))
+    assert found.as_json()["benchmark"]["first rung"] == first["rung"]
+    with pytest.raises(MixedRunError, match="another benchmark.begin: it has \"shrink_tail_fill\", this run has null"):
+        run(tmp_path, device, inside=False)
+    monkeypatch.setattr(subjects, "DecodeEngine", WrongProjection)
+    both = replace(SHORT, begin="cached_projection")
+    with pytest.raises(RuntimeError, match="the first rung, is red, so nothing is compared: 2 of 2 requests left"):
+        benchmark.run_ladder(both, tmp_path / "red", device=device, seed=0, switches=CHEAP)
+
+
+def test_a_ladder_that_begins_with_switches_on_has_no_other_order(model: Model) -> None:
+    plan = benchmark.make_plan(model, begin="device_step")
+    assert [label for label, _ in plan.rungs(plan.order)][:2] == ["everything up to device_step", "+ full_window_skip"]
+    assert plan.sets == attribution.prefixes(plan.order)[1 + plan.order.index("device_step") :]
+    with pytest.raises(ValueError, match="attribution: got 'orders', expected ladder where the first rung has"):
+        benchmark.make_plan(model, which="orders", begin="device_step")
+    with pytest.raises(ValueError, match="begin: got 'warp', expected one of"):
+        benchmark.make_plan(model, begin="warp")
+
+
+def test_replayed_rungs_run_in_more_rounds_and_other_views_in_fewer(model: Model) -> None:
+    class Built:
+        def __init__(self, name: str) -> None:
+            self.replayed = "captured_steps" in name
+
+    plan = benchmark.make_plan(model, which="orders")
+    names = [*(plan.name(on) for on in plan.sets), "off again"]
+    wanted = benchmark._rounds(replace(SHORT, often=4), plan, {name: Built(name) for name in names}, 30)  # type: ignore[misc]
+    rungs = [name for _, name in plan.rungs(plan.order)]
+    assert wanted["off"] == wanted["off again"] == wanted[rungs[1]] == 30
+    assert wanted[rungs[-1]] == 120
+    assert {wanted[name] for name in names[:-1] if name not in rungs} == {10}
 
 
 def test_every_module_of_the_engine_is_a_source_of_its_rounds() -> None:
@@ -305,10 +358,14 @@ def test_a_journal_of_another_device_is_another_run(model: Model) -> None:
     assert benchmark._header(SHORT, plan, 0, "cpu") != benchmark._header(SHORT, plan, 0, "cuda")
 
 
-def test_only_every_switch_in_the_sources_order_makes_a_record(model: Model) -> None:
-    assert benchmark._is_whole(benchmark.make_plan(model, which="orders"), model)
-    assert not benchmark._is_whole(benchmark.make_plan(model, "reverse"), model)
-    assert not benchmark._is_whole(benchmark.make_plan(model, switches=CHEAP), model)
+def test_only_every_switch_in_the_sources_order_from_the_presets_first_rung_makes_a_record(model: Model) -> None:
+    assert benchmark._is_whole(SHORT, benchmark.make_plan(model, which="orders"), model)
+    assert not benchmark._is_whole(SHORT, benchmark.make_plan(model, "reverse"), model)
+    assert not benchmark._is_whole(SHORT, benchmark.make_plan(model, switches=CHEAP), model)
+    assert not benchmark._is_whole(SHORT, benchmark.make_plan(model, begin="device_step"), model)
+    large = workload.get_preset("h200-slice")
+    assert benchmark._is_whole(large, benchmark.make_plan(model, begin=large.begin), model)
+    assert not benchmark._is_whole(large, benchmark.make_plan(model), model)
 
 
 # --- views and traces ---

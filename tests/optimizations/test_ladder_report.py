@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,48 @@ def test_headlines_put_every_figure_beside_its_bar(report: dict[str, Any]) -> No
     found = {row["figure"]: (row["value"], row["bar"]) for row in ladder_report.headlines(report)}
     assert found["everything on against everything off"][0] == "80.00x [79.20, 80.80]"
     assert found["the last eager rung against everything off"][0] == "20.00x [19.80, 20.20]"
-    assert found["A/A noise floor, everything off"] == ("0.10 %", "at most 0.3 %")
-    assert found["A/A noise floor, everything on"] == ("0.20 %", "at most 0.3 %")
-    assert found["host share of a replayed step"] == ("1.5 %", "below 5 %")
+    assert found["A/A noise floor, everything off"] == ("0.100 %", "at most 0.3 %")
+    assert found["A/A noise floor, everything on"] == ("0.200 %", "at most 0.3 %")
+    assert found["host share of a replayed step"] == ("1.50 %", "below 5 %")
     assert found["metadata of a steady step, 64 rows: launches"] == ("0 in 20.0 us of the host", "0")
     assert found["growth of an empty engine, steps 100 to 2000"] == ("0 bytes, 0 blocks lost", "0")
+
+
+def test_headlines_of_a_ladder_that_begins_with_switches_on_are_held_against_them(report: dict[str, Any]) -> None:
+    first, last = report["rungs"]["order"][1:]
+    report["rungs"]["order"] = [{**first, "rung": "everything up to device_step", "speedup": None}, last]
+    report["inside"] = [{**report["inside"][1], "rung": "everything up to device_step"}, report["inside"][2]]
+    report["soak"] = None
+    assert not ladder_report.begins_with_everything_off(report)
+    found = [row["figure"] for row in ladder_report.headlines(report)]
+    assert found[:3] == [
+        "everything on against everything up to device_step",
+        "A/A noise floor, everything up to device_step",
+        "A/A noise floor, everything on",
+    ]
+    assert not any("everything off" in figure or "empty engine" in figure for figure in found)
+
+
+def record(case: str, variant: str) -> records.Record:
+    shipped = next(r for r in records.shipped() if r.chapter == "attribution_ladder")
+    return dataclasses.replace(shipped, case=case, variant=variant)
+
+
+def test_a_run_is_adopted_over_the_last_one_of_its_preset_and_no_other(report: dict[str, Any], tmp_path: Path) -> None:
+    out, data = tmp_path / "out", tmp_path / "data"
+    target = data / "records" / "h200" / "attribution_ladder.jsonl"
+    records.write(target, [record("h200-short", "old"), record("h200-slice", "kept")])
+    records.write(out / "records" / "h200" / "attribution_ladder.jsonl", [record("h200-short", "new")])
+    (out / "report.json").write_text(json.dumps(report))
+    ladder_report.adopt(out, data)
+    ladder_report.adopt(out, data)
+    assert [r.variant for r in records.read(target)] == ["kept", "new"]
+    assert ladder_report.read_report(data / "ladders" / "h200" / "h200-short.json") == report
+    report["benchmark"]["name"] = "h200-slice"
+    (out / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="its records are not of h200-slice, of which its report is"):
+        ladder_report.adopt(out, data)
+    assert [r.variant for r in records.read(target)] == ["kept", "new"]
 
 
 def test_contributions_are_texts_with_their_intervals(report: dict[str, Any]) -> None:
@@ -112,8 +150,7 @@ def test_contributions_are_texts_with_their_intervals(report: dict[str, Any]) ->
 
 
 def test_what_ships_is_of_the_device_that_it_is_named_after_and_has_records() -> None:
-    for device, shipped in ladder_report.shipped_reports().items():
-        name = shipped["benchmark"]["name"]
+    for (device, name), shipped in ladder_report.shipped_reports().items():
         lines = [r for r in records.shipped() if (r.chapter, r.case, r.device) == ("attribution_ladder", name, device)]
         assert shipped["complete"]
         assert len(lines) == len(shipped["rungs"]["order"])

@@ -166,24 +166,41 @@ def test_a_run_that_is_complete_measures_nothing_more_and_more_repeats_are_added
     assert len(log) == 9
 
 
-def test_seldom_subjects_run_in_one_round_of_so_many_and_the_first(tmp_path: Path) -> None:
+WANTED = {"off": 7, "off again": 7, "on": 3}
+
+
+def test_subjects_of_which_fewer_rounds_are_wanted_run_in_their_share_of_them_and_in_the_first(tmp_path: Path) -> None:
     log: list[str] = []
     journal = Journal(tmp_path / "j", HEADER)
-    assert runner.interleave(opener(log), journal, rounds=7, steps=2, seldom={"on"}, every=3)
+    assert runner.interleave(opener(log), journal, rounds=WANTED, steps=2)
     found = runner.windows_by_round(journal.windows, ())
-    assert [number for number, windows in found.items() if "on" in windows] == [0, 3, 6]
+    assert [number for number, windows in found.items() if "on" in windows] == [0, 3, 5]
+    assert len(found) == 7
     assert all({"off", "off again"} <= set(windows) for windows in found.values())
-    with pytest.raises(ValueError, match="every: got 0, expected at least 1"):
-        runner.interleave(opener([]), journal, rounds=1, steps=2, every=0)
+    more = {"off": 2, "off again": 12, "on": 4}
+    assert runner.interleave(opener(log), Journal(tmp_path / "three", HEADER), rounds=more, steps=2)
+    counted = [window.name for window in Journal(tmp_path / "three", HEADER).windows]
+    assert {name: counted.count(name) for name in NAMES} == more
+    with pytest.raises(ValueError, match="rounds: got 0 of on, expected at least 1"):
+        runner.interleave(opener([]), journal, rounds=WANTED | {"on": 0}, steps=2)
 
 
-def test_a_seldom_subject_that_a_kill_cut_off_gets_its_rounds_later(tmp_path: Path) -> None:
+def test_a_subject_that_a_kill_cut_off_gets_its_rounds_later(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j", HEADER)
-    for number in range(4):
+    for number in range(7):
         for name in NAMES[:2]:
             journal.add(Window(number, name, 0, (1.0,)))
-    assert runner.interleave(opener([]), journal, rounds=4, steps=2, seldom={"on"}, every=2)
-    assert journal.rounds(NAMES) == 2
+    assert runner.interleave(opener([]), journal, rounds=WANTED, steps=2)
+    assert journal.rounds(NAMES) == 3
+
+
+def test_every_subject_runs_first_also_where_some_are_not_in_every_round(tmp_path: Path) -> None:
+    log: list[str] = []
+    wanted = {"off": 24, "off again": 24, "on": 6}
+    runner.interleave(opener(log), journal := Journal(tmp_path / "j", HEADER), rounds=wanted, steps=2)
+    for names in (set(NAMES), set(NAMES[:2])):
+        rounds = [list(found) for found in runner.windows_by_round(journal.windows, ()).values() if set(found) == names]
+        assert {order[0] for order in rounds} == names
 
 
 def test_no_round_begins_that_would_end_too_late(tmp_path: Path) -> None:
@@ -203,14 +220,13 @@ def test_a_rung_is_held_against_the_pair_that_is_nearest_in_time() -> None:
     times = TIMES | {"a+b": 0.3, "a+b+c again": 0.1}
     noisy = windows({name: seconds for name, seconds in times.items() if name.startswith("off")}, noise=0.05)
     quiet = windows({name: seconds for name, seconds in times.items() if not name.startswith("off")}, noise=1e-4)
-    means = runner.mean_step([*noisy, *quiet], times)
-    floors = runner.noise_floors(means, times)
+    floors = runner.noise_floors([*noisy, *quiet], times)
     assert floors["off"] == floors["a"] == floors["a+b"]
     assert floors["a+b+c"] < floors["off"] / 10
     rows = runner.rung_rows([*noisy, *quiet], RUNGS, requests=1, gates=GREEN)
     assert [row["noise_floor"] for row in rows] == [floors[name] for name in GREEN]
-    with pytest.raises(ValueError, match="expected a second run of at least one"):
-        runner.noise_floors({"off": [1.0] * 10}, ["off"])
+    with pytest.raises(ValueError, match="expected a second run of one, named"):
+        runner.noise_floors([Window(n, "off", 0, (1.0,)) for n in range(10)], ["off"])
 
 
 def windows(times: Mapping[str, float], rounds: int = 30, steps: int = 16, noise: float = 0.002) -> list[Window]:
@@ -235,6 +251,17 @@ def test_rows_say_throughput_and_the_change_of_each_rung() -> None:
     assert rows[2]["change_ci"][0] <= 100 <= rows[2]["change_ci"][1], rows[2]["verdict"]
     assert all(row["p99_ms"] == pytest.approx(row["tpot_ms"], rel=0.02) for row in rows)
     assert [row["note"] for row in rows] == [""] * 4
+
+
+def test_a_rung_that_ran_in_more_rounds_is_compared_over_those_that_both_have() -> None:
+    often = [window for window in windows(TIMES | {"a+b+c again": 0.1}, rounds=40)]
+    drifted = [w if w.round < 10 else Window(w.round, w.name, 0, tuple(2 * s for s in w.seconds)) for w in often]
+    seen = [w for w in drifted if w.round < 10 or w.name.startswith("a+b+c")]
+    rows = runner.rung_rows(seen, RUNGS, requests=1, gates=GREEN)
+    assert [row["rounds"] for row in rows] == [10, 10, 10, 40]
+    assert rows[3]["speedup"] == pytest.approx(4, rel=2e-3), "rounds 10 to 39 have nothing to be held against"
+    assert rows[3]["change"] == pytest.approx(100, rel=2e-3)
+    assert rows[3]["tpot_ms"] == pytest.approx(100 * (10 + 2 * 30) / 40, rel=2e-3)
 
 
 def test_a_red_rung_has_no_figure_and_the_next_is_held_against_the_last_green_one() -> None:
