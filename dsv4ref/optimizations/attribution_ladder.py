@@ -328,15 +328,17 @@ class _Stepper:
 
 
 def _timed(inputs: LadderInputs) -> Mapping[str, Callable[[], object]]:
-    """One decode step with everything off and with everything on; only of a case that runs engines."""
+    """One decode step of the preset's first rung and with everything on; only of a case that runs engines."""
     if inputs.sets is None:
         raise ValueError("inputs: a simulated ladder, expected one that runs engines: there is nothing to time")
     assert inputs.preset is not None
     assert inputs.model is not None
     asked = workload.prompts(inputs.preset.config, inputs.preset.requests, inputs.preset.prompt, inputs.seed)
     start = computed_prompts(inputs.model, inputs.preset, asked, inputs.device)
-    off, *_, on = inputs.sets.values()
-    return {"baseline": _Stepper(inputs, off, start), "optimized": _Stepper(inputs, on, start)}
+    *_, on = inputs.sets.values()
+    order = attribution.source_order(tuple(on))
+    first, *_ = attribution.prefixes(order, inputs.preset.begin)
+    return {"baseline": _Stepper(inputs, first, start), "optimized": _Stepper(inputs, on, start)}
 
 
 def _predict(case: Case, device_key: str) -> Prediction:
@@ -395,7 +397,8 @@ _CASES = (
         "simulated-compiling", _GAIN, SimulatedRung(slow_steps=6), about="a rung whose fresh engine is slow for longer"
     ),
     _engines(
-        "h200-slice", "h200-slice", "ends", "1024 requests, 512 in, 512 out, three layers of V4-Flash",
+        "h200-slice", "h200-slice", "ends",
+        "1024 requests, 512 in, 512 out, three layers of V4-Flash; timed from device_step on",
         needs_gpu=True, measured=True,
     ),
     _engines(

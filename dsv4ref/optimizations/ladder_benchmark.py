@@ -50,6 +50,7 @@ __all__ = [
     "ATTRIBUTIONS",
     "CHAPTER",
     "EVERYTHING_OFF",
+    "Gated",
     "MEASURED_MODULES",
     "SELDOM",
     "Plan",
@@ -181,6 +182,24 @@ def make_plan(
 
 
 @dataclass(frozen=True)
+class Gated:
+    """What the gates of a ladder compared.
+
+    Args:
+        requests, steps: whose greedy tokens, and of how many decode steps.
+        budget: by how much a logit may differ.
+        excused: set -> requests with another token whose logits were within it.
+        off_ms: of everything off, the oracle's steps one by one: no rounds, no interval.
+    """
+
+    requests: int
+    steps: int
+    budget: float
+    excused: Mapping[str, int]
+    off_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """What a ladder may say.
 
@@ -194,6 +213,7 @@ class Report:
         metadata: rows of `metadata_rows`.
         soak: of `run_soak`; None if it did not run.
         gates: set -> None or why its gate is red.
+        gated: what they compared.
         where: device, versions, date, sources and seed.
         records: for the scoreboard; none of a rehearsal, a selection of switches, another order or a red gate.
     """
@@ -207,6 +227,7 @@ class Report:
     metadata: list[dict[str, Any]]
     soak: Soak | None
     gates: Mapping[str, str | None]
+    gated: Gated
     where: Mapping[str, Any]
     records: tuple[Record, ...]
 
@@ -228,6 +249,7 @@ class Report:
             "metadata": self.metadata,
             "soak": None if self.soak is None else asdict(self.soak) | {"growth": self.soak.growth},
             "gates": self.gates,
+            "gated": asdict(self.gated),
         }
 
     @property
@@ -282,7 +304,7 @@ def run_ladder(
     # Refused before the gates, which take a while.
     header = _header(preset, plan, seed, device)
     journal = Journal(out / "ladder.jsonl", header)
-    subjects, gates = open_subjects(model, preset, plan, device=device, seed=seed, progress=progress)
+    subjects, gates, gated = open_subjects(model, preset, plan, device=device, seed=seed, progress=progress)
     complete = interleave(
         lambda: subjects, journal, rounds=_rounds(preset, plan, subjects, rounds), steps=preset.window,
         max_seconds=max_seconds - (time.monotonic() - started), progress=progress,
@@ -316,7 +338,7 @@ def run_ladder(
     if recorded and whole and looked and not lost:
         lines = _records(preset, plan, journal, looked, seed)
     shares = _contributions(journal, plan) if whole else None
-    report = Report(preset, complete, rows, shares, looked, traces, metadata, soak, gates, _where(header), lines)
+    report = Report(preset, complete, rows, shares, looked, traces, metadata, soak, gates, gated, _where(header), lines)
     text = json.dumps(report.as_json(), indent=1)
     (out / "report.json").write_text(text, encoding="utf-8")
     if lines:  # over those of the same journal with fewer rounds
@@ -354,7 +376,7 @@ def open_subjects(
     device: str,
     seed: int,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> tuple[dict[str, EngineSubject], dict[str, str | None]]:
+) -> tuple[dict[str, EngineSubject], dict[str, str | None], Gated]:
     """An engine for every set of a plan whose gate is green, from one checkpoint; and every gate.
 
     Args:
@@ -364,8 +386,8 @@ def open_subjects(
         progress: as in `run_ladder`.
 
     Returns:
-        Subjects by the names of their sets, those that are run twice also as ``<set> again``; and set -> None where its
-        gate is green, else what is wrong.
+        Subjects by the names of their sets, those that are run twice also as ``<set> again``; set -> None where its gate
+        is green, else what is wrong; and what was compared.
 
     Raises:
         RuntimeError: the first rung's gate is red, or the engines do not fit.
@@ -378,6 +400,7 @@ def open_subjects(
     oracle = timed_oracle(model, preset, start, device)
     subjects: dict[str, EngineSubject] = {}
     gates: dict[str, str | None] = {}
+    excused: dict[str, int] = {}
     _give_memory_back()
     built: list[int | None] = []
     twice = _second_runs(plan)
@@ -393,6 +416,7 @@ def open_subjects(
                 gates[name] = str(error)
                 continue
             gates[name] = gates.get(name) or oracle.reason(subject.generated)
+            excused[name] = oracle.excused(subject.generated)
             subjects[label] = subject
             built.append(subject.engine_bytes)
         if gates[name] is not None:
@@ -400,8 +424,10 @@ def open_subjects(
                 raise RuntimeError(f"the gate of {name}, the first rung, is red, so nothing is compared: {gates[name]}")
             for label in (name, f"{name} {AGAIN}"):
                 subjects.pop(label, None)
+            excused.pop(name, None)
         _check_room(built, len(plan.sets) - 1 - number)
-    return subjects, gates
+    off_ms = tuple(1e3 * seconds for seconds in oracle.seconds)
+    return subjects, gates, Gated(preset.requests, preset.warmup, oracle.budget, excused, off_ms)
 
 
 def _is_whole(preset: Preset, plan: Plan, model: Model) -> bool:

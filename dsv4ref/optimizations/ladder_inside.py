@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsv4ref.evidence import launches
+from dsv4ref.evidence import launches, timing
 from dsv4ref.optimizations.ladder_runner import REHEARSAL
 from dsv4ref.optimizations.ladder_subjects import EngineSubject
 
 __all__ = ["look_inside", "trace_counts"]
 
-_TIMES = ("device_ms", "host_ms", "host_percent")
-_PAIR_STEPS, _PAIRS = 16, 7
+_TIMES = ("device_ms", "host_ms", "host_percent", "host_percent_ci")
+_PAIR_STEPS, _PAIRS = 8, 11
 _STEP_LABEL = "decode step"
 
 
@@ -38,8 +38,8 @@ def look_inside(
         rehearsal: say in every row that it is one.
 
     Returns:
-        Rows with rung, launches, device_ms, host_ms and host_percent, engine_bytes, step_bytes, note; times are None on
-        the CPU. And of the traces: rung, file and `trace_counts`.
+        Rows with rung, launches, device_ms, host_ms, host_percent and host_percent_ci, engine_bytes, step_bytes, note;
+        times are None on the CPU, the interval also where launches are made one by one. And of the traces: rung, file and `trace_counts`.
 
         The host's time is the part of a step in which the device waits for it. Of launches that the host makes one by
         one that is the mean step less what the profile has the device busy. A replay's launches wait for nobody: there
@@ -65,6 +65,10 @@ def look_inside(
             stepped, device = (1e3 * float(np.median(times)) for times in zip(*pairs, strict=True))
             waited = 1e3 * float(np.median([step - alone for step, alone in pairs]))
             row |= {"device_ms": device, "host_ms": waited, "host_percent": 100 * waited / stepped}
+            row["host_percent_ci"] = None
+            if subject.replayed:
+                share = timing.bootstrap_median([100 * (step - alone) / step for step, alone in pairs])
+                row |= {"host_percent": share.median, "host_percent_ci": [share.low, share.high]}
         else:
             subject.rewind()
             counted = launches.count_launches(subject.step, warmup=0, method="aten-dispatch+interpreter")

@@ -122,7 +122,7 @@ def figures(report: Mapping[str, Any], order: str = "order") -> list[dict[str, A
         raise ValueError(f"order: got {order!r}, expected one of {', '.join(report['rungs'])}")
     inside = {row["rung"]: row for row in report["inside"]} if order == "order" else {}
     kept = ("rung", "gate", "tok_s", "tpot_ms", "p99_ms", "verdict", "speedup", "speedup_ci", "noise_floor", "rounds")
-    looked = ("launches", "device_ms", "host_ms", "host_percent", "engine_bytes", "step_bytes")
+    looked = ("launches", "device_ms", "host_ms", "host_percent", "host_percent_ci", "engine_bytes", "step_bytes")
     return [
         {**{key: row[key] for key in kept}, **{key: inside.get(row["rung"], {}).get(key) for key in looked}}
         for row in report["rungs"][order]
@@ -161,7 +161,10 @@ def headlines(report: Mapping[str, Any]) -> list[dict[str, str]]:
     found.append((f"A/A noise floor, {first}", f"{100 * off['noise_floor']:.3f} %", "at most 0.3 %"))
     found.append(("A/A noise floor, everything on", f"{100 * on['noise_floor']:.3f} %", "at most 0.3 %"))
     if on["host_percent"] is not None:
-        found.append(("host share of a replayed step", f"{on['host_percent']:.2f} %", "below 5 %"))
+        share = f"{on['host_percent']:.2f} %"
+        if on["host_percent_ci"] is not None:
+            share += " [{:.2f}, {:.2f}]".format(*on["host_percent_ci"])
+        found.append(("host share of a replayed step", share, "below 5 %"))
     for row in report["metadata"]:
         if row["step"] == "steady":
             about = f"metadata of a steady step, {row['batch']} rows: launches"

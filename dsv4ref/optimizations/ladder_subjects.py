@@ -89,10 +89,21 @@ def steps_for(step_s: float, preset: Preset) -> int:
 
 @dataclass(frozen=True)
 class Oracle:
-    """Tokens and logits of everything off from the checkpoint, and by how much logits may differ from them."""
+    """Tokens and logits of everything off from the checkpoint, and by how much logits may differ from them.
+
+    Args:
+        generated: of everything off.
+        budget: of `ladder_workload.gate_budget`.
+        seconds: of its steps, the first ones of a fresh engine and no measurement.
+    """
 
     generated: Generated
     budget: float
+    seconds: tuple[float, ...] = ()
+
+    def excused(self, found: Generated) -> int:
+        """Requests with another token than the oracle's; where `reason` is None, of logits within the budget."""
+        return sum(tokens != found.tokens.get(id) for id, tokens in self.generated.tokens.items())
 
     def reason(self, found: Generated) -> str | None:
         """None where a run's tokens are the oracle's, else what is wrong."""
@@ -102,12 +113,12 @@ class Oracle:
 
 
 def timed_oracle(model: Model, preset: Preset, start: Checkpoint, device: torch.device | str) -> Oracle:
-    """Everything off, and the straightforward bf16 attention beside it for the budget, over the warm-up's steps."""
+    """Everything off over the warm-up's steps, and the straightforward bf16 attention for the budget."""
     engine = _new_engine(model, preset, frozenset(), device, keep_logits=True)
-    off, _ = _answers(engine, start, preset.warmup)
+    off, seconds = _answers(engine, start, preset.warmup)
     workload.attend_plainly(engine)
-    plain, _ = _answers(engine, start, preset.warmup)
-    return Oracle(off, workload.gate_budget(plain, off))
+    plain, _ = _answers(engine, start, preset.budget)
+    return Oracle(off, workload.gate_budget(plain, off), tuple(seconds))
 
 
 def _answers(engine: DecodeEngine, start: Checkpoint, steps: int) -> tuple[Generated, list[float]]:

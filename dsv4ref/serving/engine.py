@@ -341,10 +341,9 @@ class DecodeEngine:
 
     def _compute(self, segments: Sequence[Segment]) -> list[_Computed]:
         """What the step is to give every segment; no request has changed."""
-        rows = self._queue.prompt_rows
-        decodes = [s for s in segments if self.decoder is not None and (rows or s.request.decoding)]
-        others = segments[len(decodes) :]
-        computed = self._decode(decodes) if decodes else []
+        count = self._decoder_takes(segments)
+        others = segments[count:]
+        computed = self._decode(segments[:count]) if count else []
         if not others:
             return computed
         batch = make_batch(others, self._forward.model.device)
@@ -355,45 +354,49 @@ class DecodeEngine:
             computed.append(_Computed(segment, state, number in found, *found.get(number, ())))
         return computed
 
+    def _decoder_takes(self, segments: Sequence[Segment]) -> int:
+        """How many of a step's segments, the first ones, the decoder computes."""
+        if self.decoder is None:
+            return 0
+        if self._queue.prompt_rows or segments[-1].request.decoding:  # decoding requests come first
+            return len(segments)
+        return sum(segment.request.decoding for segment in segments)
+
     def _decode(self, segments: Sequence[Segment]) -> list[_Computed]:
         """The same for one token of each request, by the decoder."""
         assert self.decoder is not None
-        for segment in segments:
-            if (state := self._states[segment.request.id]) is not None:
-                self.decoder.join(segment.request.id, state)
-        requests, positions = [s.request for s in segments], [s.begin for s in segments]
-        tokens = [r.token(position) for r, position in zip(requests, positions, strict=True)]
-        rows = self.decoder.rows([r.id for r in requests], positions, tokens)
+        ids, positions = [s.request.id for s in segments], [s.begin for s in segments]
+        for id in ids:
+            if (state := self._states[id]) is not None:
+                self.decoder.join(id, state)
+        rows = self.decoder.rows(ids, positions, [s.request.token(s.begin) for s in segments])
         answers, logits = self.decoder.decode(rows, self.operations)
         kept: Iterable[Tensor | None] = [None] * len(rows)
         if self._keep_logits:
             kept = logits.clone()  # the next step writes over them
-        return [
-            _Computed(segment, None, segment.samples, token, row)
-            for segment, token, row in zip(segments, answers, kept, strict=True)
-        ]
+        sampled = [s.samples for s in segments] if self._queue.prompt_rows else [True] * len(rows)
+        given = zip(segments, sampled, answers, kept, strict=True)
+        return [_Computed(segment, None, due, token, row) for segment, due, token, row in given]
 
     def _commit(self, segments: Sequence[Segment], computed: Sequence[_Computed]) -> StepResult:
         """Give every request its new state, and its token if it is due one."""
         tokens, rows, decoded, prefilled = {}, {}, 0, 0
-        for (request, begin, end), state, *_ in computed:
+        for (request, begin, end), state, sampled, token, logits in computed:
             if request.decoding:
                 decoded += end - begin
             else:
                 prefilled += end - begin
             self._states[request.id] = state
             request.computed = end
-        for item in computed:
-            request = item.segment.request
-            if request.cancelled or not item.sampled:
+            if request.cancelled or not sampled:
                 continue
-            if item.token is None:
+            if token is None:
                 self._leave(request, Status.FAILED, f"logits after {request.length} tokens are not finite")
                 continue
-            tokens[request.id] = item.token
-            if self._keep_logits and item.logits is not None:
-                rows[request.id] = item.logits
-            if request.take(item.token):
+            tokens[request.id] = token
+            if self._keep_logits and logits is not None:
+                rows[request.id] = logits
+            if request.take(token):
                 self._leave(request, Status.FINISHED)
         return StepResult(tokens, rows, decoded=decoded, prefilled=prefilled)
 

@@ -117,7 +117,7 @@ def test_the_large_preset_is_the_sources_benchmark_at_flash_widths() -> None:
 
 def test_the_short_preset_differs_in_its_requests_and_in_what_those_cost() -> None:
     short, large = workload.get_preset("h200-short"), workload.get_preset("h200-slice")
-    own = ("name", "requests", "prompt", "about", "chunk", "prompt_rows", "warmup", "often", "soak", "begin")
+    own = ("name", "requests", "prompt", "about", "sample_s", "warmup", "budget", "often", "soak", "begin")
     assert replace(short, **{name: getattr(large, name) for name in own}) == large
     assert short.begin is None, "one of the two has every rung"
     assert short.soak is not None
