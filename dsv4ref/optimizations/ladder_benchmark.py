@@ -36,7 +36,6 @@ from dsv4ref.optimizations.ladder_runner import (
     interleave,
     mean_step,
     noise_floors,
-    paired_means,
     rung_rows,
 )
 from dsv4ref.optimizations.ladder_soak import Soak, run_soak
@@ -50,9 +49,9 @@ __all__ = [
     "ATTRIBUTIONS",
     "CHAPTER",
     "EVERYTHING_OFF",
-    "Gated",
     "MEASURED_MODULES",
     "SELDOM",
+    "Gated",
     "Plan",
     "Report",
     "make_plan",
@@ -280,8 +279,8 @@ def run_ladder(
             ``records/`` and ``ladders/``, as in the package's ``data``.
         device: "cpu" or "cuda".
         seed: of weights and prompts.
-        repeats: rounds, at least `timing.MIN_ROUNDS`; default the preset's. Replayed rungs run in ``preset.often`` times
-            as many, sets that only the second order or the other views need in one of `SELDOM` of them.
+        repeats: rounds, at least `timing.MIN_ROUNDS`; default the preset's. Replayed rungs run in ``preset.often``
+            times as many, sets that only the second order or the other views need in one of `SELDOM` of them.
         order, which, switches: as in `make_plan`.
         inside: count launches and memory, write traces, soak; records need it.
         max_seconds: no round begins that would end later; what is missing then is left to the next run.
@@ -386,8 +385,8 @@ def open_subjects(
         progress: as in `run_ladder`.
 
     Returns:
-        Subjects by the names of their sets, those that are run twice also as ``<set> again``; set -> None where its gate
-        is green, else what is wrong; and what was compared.
+        Subjects by the names of their sets, those that are run twice also as ``<set> again``; set -> None where its
+        gate is green, else what is wrong; and what was compared.
 
     Raises:
         RuntimeError: the first rung's gate is red, or the engines do not fit.
@@ -518,9 +517,10 @@ def _records(
     where = records.provenance(device=machine.key, device_name=machine.name, mode=kernels.mode())
     run, lines = records.new_run(), []
     for label, name, seen in zip(labels, names, inside, strict=True):
-        (means,) = paired_means(windows, name)
+        means = mean_step(windows, [name])[name]
         p20, p50, p80 = timing.percentiles([1e6 * value for value in means])
-        ratio = None if name == names[0] else timing.bootstrap_ratio(*paired_means(windows, names[0], name))
+        paired = mean_step(windows, (names[0], name))
+        ratio = None if name == names[0] else timing.bootstrap_ratio(paired[names[0]], paired[name])
         lines.append(
             Record(
                 chapter=CHAPTER,

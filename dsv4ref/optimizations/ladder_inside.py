@@ -39,7 +39,8 @@ def look_inside(
 
     Returns:
         Rows with rung, launches, device_ms, host_ms, host_percent and host_percent_ci, engine_bytes, step_bytes, note;
-        times are None on the CPU, the interval also where launches are made one by one. And of the traces: rung, file and `trace_counts`.
+        times are None on the CPU, the interval also where launches are made one by one. And of the traces: rung, file
+        and `trace_counts`.
 
         The host's time is the part of a step in which the device waits for it. Of launches that the host makes one by
         one that is the mean step less what the profile has the device busy. A replay's launches wait for nobody: there

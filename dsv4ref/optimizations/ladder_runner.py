@@ -37,7 +37,6 @@ __all__ = [
     "interleave",
     "mean_step",
     "noise_floors",
-    "paired_means",
     "rung_rows",
     "windows_by_round",
 ]
@@ -255,11 +254,6 @@ def mean_step(windows: Iterable[Window], names: Iterable[str]) -> dict[str, list
     return {name: [float(np.mean(found[name].seconds)) for found in complete.values()] for name in names}
 
 
-def paired_means(windows: Iterable[Window], *names: str) -> list[list[float]]:
-    """The same as a list in the order of the names, for two that are compared."""
-    return list(mean_step(windows, names).values())
-
-
 # --- rows ---
 
 
@@ -319,9 +313,9 @@ def rung_rows(
             row["noise_floor"] = floors[subject]
             row["verdict"] = f"A/A floor {100 * floors[subject]:.2f} %"
             if before is not None:
+                floor = {other: max(floors[other], floors[subject]) for other in (before, baseline)}
                 step, whole = (
-                    change(*paired_means(windows, other, subject), max(floors[other], floors[subject]))
-                    for other in (before, baseline)
+                    change(*_pair(windows, other, subject), floor=floor[other]) for other in (before, baseline)
                 )
                 low, row["change"], high = step.percent
                 row |= {"change_ci": [low, high], "sign": step.sign, "verdict": step.verdict}
@@ -335,6 +329,12 @@ def rung_rows(
 _FIGURES = (
     "tok_s", "tpot_ms", "p99_ms", "change", "change_ci", "sign", "verdict", "speedup", "speedup_ci", "noise_floor",
 )  # fmt: skip
+
+
+def _pair(windows: Iterable[Window], one: str, other: str) -> tuple[list[float], list[float]]:
+    """Mean seconds of a step of two subjects, over the rounds that have both."""
+    means = mean_step(windows, (one, other))
+    return means[one], means[other]
 
 
 def noise_floors(windows: Sequence[Window], names: Iterable[str]) -> dict[str, float]:
@@ -355,10 +355,9 @@ def noise_floors(windows: Sequence[Window], names: Iterable[str]) -> dict[str, f
     if not pairs:
         raise ValueError(f"windows: got {', '.join(sorted(ran))}, expected a second run of one, named '... {AGAIN}'")
     floors = {
-        name: timing.noise_floor(timing.bootstrap_ratio(*paired_means(windows, name, f"{name} {AGAIN}")))
-        for name in pairs
+        name: timing.noise_floor(timing.bootstrap_ratio(*_pair(windows, name, f"{name} {AGAIN}"))) for name in pairs
     }
-    typical = {name: math.log(float(np.mean(paired_means(windows, name)))) for name in names}
+    typical = {name: math.log(float(np.mean(mean_step(windows, [name])[name]))) for name in names}
     return {name: floors[min(pairs, key=lambda pair: abs(typical[pair] - typical[name]))] for name in names}
 
 

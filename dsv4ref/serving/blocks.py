@@ -383,9 +383,10 @@ class PagedCaches:
             assert isinstance(layer.window, RequestRows)
             first = max(0, position + 1 - config.window_size)  # that the next token still sees
             layer = replace(layer, window=replace(layer.window, first=first, end=position))
-            for name in ("compressed", "index_keys"):
-                if isinstance(rows := getattr(layer, name), RequestRows):
-                    layer = replace(layer, **{name: replace(rows, end=position // ratio)})
+            if isinstance(rows := layer.compressed, RequestRows):
+                layer = replace(layer, compressed=replace(rows, end=position // ratio))
+            if isinstance(rows := layer.index_keys, RequestRows):
+                layer = replace(layer, index_keys=replace(rows, end=position // ratio))
             layers.append(layer)
         return State(position, tuple(layers))
 

@@ -1,7 +1,7 @@
 """Where an engine's requests stand, kept so that it, or another engine of the same sizes, can go on from there again.
 
-A checkpoint holds a copy of the caches' bytes, since decode steps write into them, and every request's state as a Python
-value, which nobody changes; a state that a device step had taken over is handed back for it.
+A checkpoint holds a copy of the caches' bytes, since decode steps write into them, and every request's state as a
+Python value, which nobody changes; a state that a device step had taken over is handed back for it.
 
 So prompts are computed once for engines that differ in how they decode, and windows of decode steps begin at the same
 bytes however often they are timed.

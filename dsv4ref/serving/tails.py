@@ -94,8 +94,8 @@ class Tail:
         if not (self.overlap and entries):
             return state
         rows = self._rows(begin - self.ratio, self.ratio)
-        previous = (ring[slot, rows, : self.dim] for ring in (self.kv, self.score))
-        return replace(state, **dict(zip(("previous_kv", "previous_score"), previous, strict=True)))
+        kv, score = (ring[slot, rows, : self.dim] for ring in (self.kv, self.score))
+        return replace(state, previous_kv=kv, previous_score=score)
 
     def _rows(self, first: int, count: int) -> Tensor:
         return (first + torch.arange(count, device=self.kv.device)) % self.kv.shape[1]

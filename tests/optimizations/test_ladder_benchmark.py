@@ -305,7 +305,7 @@ def test_a_ladder_may_begin_with_switches_on_and_says_so(
     ratios = np.divide(*(means[name] for name in found.gates))
     assert second["speedup"] == pytest.approx(np.median(ratios))
     assert found.as_json()["benchmark"]["first rung"] == first["rung"]
-    with pytest.raises(MixedRunError, match="another benchmark.begin: it has \"shrink_tail_fill\", this run has null"):
+    with pytest.raises(MixedRunError, match=r"another benchmark\.begin: it has .shrink_tail_fill., this run has null"):
         run(tmp_path, device, inside=False)
     monkeypatch.setattr(subjects, "DecodeEngine", WrongProjection)
     both = replace(SHORT, begin="cached_projection")

@@ -254,7 +254,7 @@ def test_rows_say_throughput_and_the_change_of_each_rung() -> None:
 
 
 def test_a_rung_that_ran_in_more_rounds_is_compared_over_those_that_both_have() -> None:
-    often = [window for window in windows(TIMES | {"a+b+c again": 0.1}, rounds=40)]
+    often = windows(TIMES | {"a+b+c again": 0.1}, rounds=40)
     drifted = [w if w.round < 10 else Window(w.round, w.name, 0, tuple(2 * s for s in w.seconds)) for w in often]
     seen = [w for w in drifted if w.round < 10 or w.name.startswith("a+b+c")]
     rows = runner.rung_rows(seen, RUNGS, requests=1, gates=GREEN)
