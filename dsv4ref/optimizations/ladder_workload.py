@@ -93,6 +93,9 @@ class Preset:
         begin: the first rung has every switch up to this one on; None: it has everything off.
         rehearsal: it shows the method and says nothing about speed.
         about: what it is.
+
+    Raises:
+        ValueError: a budget of no step, or of more than are gated.
     """
 
     name: str
@@ -114,6 +117,10 @@ class Preset:
     begin: str | None
     rehearsal: bool
     about: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.budget <= self.warmup:
+            raise ValueError(f"budget: got {self.budget}, expected 1 to {self.warmup} steps, the warm-up's")
 
     @property
     def max_length(self) -> int:

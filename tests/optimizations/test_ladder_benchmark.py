@@ -145,6 +145,11 @@ def test_the_gate_of_the_rehearsal_wraps_the_window_and_chooses_entries() -> Non
     assert tiny.gate[1] // 4 > tiny.config.index_topk
 
 
+def test_a_budget_is_of_steps_that_are_gated() -> None:
+    with pytest.raises(ValueError, match="budget: got 3, expected 1 to 2 steps, the warm-up's"):
+        replace(SHORT, budget=3)
+
+
 def test_weights_are_codes_whose_values_have_variance_one_over_width(model: Model) -> None:
     experts = model.tensors["layers.0.ffn.experts.0.w1.weight"]
     assert experts.dtype is torch.int8
@@ -186,6 +191,7 @@ def test_the_budget_is_twice_the_largest_error_of_a_logit_up_to_the_divergence()
     reference = generated([0, 0], [[1.0, 0.5], [1.0, 0.5]])
     assert workload.gate_budget(generated([0, 0], [[1.0, 0.25], [0.5, 0.5]]), reference) == 1.0
     assert workload.gate_budget(generated([1, 0], [[0.9, 1.0], [9.0, 9.0]]), reference) == 1.0
+    assert workload.gate_budget(generated([0], [[1.0, 0.25]]), reference) == 0.5, "of fewer steps"
 
 
 class WrongProjection(DecodeEngine):
