@@ -397,13 +397,13 @@ _CASES = (
         "simulated-compiling", _GAIN, SimulatedRung(slow_steps=6), about="a rung whose fresh engine is slow for longer"
     ),
     _engines(
+        "h200-short", "h200-short", "ends", "32 requests, 124 in, 512 out, the same layers; its timed rows are gated",
+        joins=False, needs_gpu=True, measured=True,
+    ),
+    _engines(
         "h200-slice", "h200-slice", "ends",
         "1024 requests, 512 in, 512 out, three layers of V4-Flash; timed from device_step on",
         needs_gpu=True, measured=True,
-    ),
-    _engines(
-        "h200-short", "h200-short", "ends", "32 requests, 124 in, 512 out, the same layers; its timed rows are gated",
-        joins=False, needs_gpu=True, measured=True,
     ),
 )  # fmt: skip
 

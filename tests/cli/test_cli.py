@@ -338,6 +338,7 @@ def assert_refused(ran: Ran, *said: str) -> None:
         ("ladder --device cpu --out {nowhere} --preset tiny --seconds 0", ["max_seconds", "0", "positive"]),
         ("ladder --device cpu --out {nowhere} --preset tiny --order down", ["order", "'down'", "source", "reverse"]),
         ("ladder --device cpu --out {nowhere} --preset tiny --switches fast", ["switches", "'fast'", "sparse_decode"]),
+        ("ladder --device cpu --out {nowhere} --preset tiny --from warp", ["begin", "'warp'", "device_step"]),
         ("ladder --device cpu --out {nowhere} --preset tiny --attribution all", ["'all'", "ladder", "shapley"]),
         ("verify --colour", ["--colour"]),
         ("--colour", ["--colour"]),

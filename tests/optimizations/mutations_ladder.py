@@ -22,7 +22,7 @@ MUTATIONS = {
     "a window is booked to the subject before it": Mutation(
         "dsv4ref/optimizations/ladder_runner.py",
         "subjects[name].window(steps)",
-        "subjects[names[names.index(name) - 1]].window(steps)",
+        "subjects[taking[taking.index(name) - 1]].window(steps)",
         cases=("attribution_ladder/simulated",),
         unaffected=("attribution_ladder/simulated-drift",),
     ),
