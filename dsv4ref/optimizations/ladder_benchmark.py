@@ -187,14 +187,17 @@ class Gated:
     Args:
         requests, steps: whose greedy tokens, and of how many decode steps.
         budget: by how much a logit may differ.
-        excused: set -> requests with another token whose logits were within it.
+        excused: set -> requests with another token, and the largest gap between its logit and the highest; both logits
+            may be off by the budget.
+        plain: the same of plain bf16 attention, over the steps of the budget.
         off_ms: of everything off, the oracle's steps one by one: no rounds, no interval.
     """
 
     requests: int
     steps: int
     budget: float
-    excused: Mapping[str, int]
+    excused: Mapping[str, tuple[int, float]]
+    plain: tuple[int, float]
     off_ms: tuple[float, ...]
 
 
@@ -352,7 +355,7 @@ def run_ladder(
 def _rounds(preset: Preset, plan: Plan, subjects: Mapping[str, EngineSubject], rounds: int) -> dict[str, int]:
     """Rounds of every subject: more of replayed rungs, fewer of sets that are no rung of the first order."""
     rungs = {name for _, name in plan.rungs(plan.order)}
-    seldom = -(-rounds // max(1, min(SELDOM, rounds // timing.MIN_ROUNDS)))
+    seldom = max(timing.MIN_ROUNDS, -(-rounds // SELDOM))
 
     def wanted(name: str, subject: EngineSubject) -> int:
         if name.removesuffix(f" {AGAIN}") not in rungs:
@@ -399,7 +402,7 @@ def open_subjects(
     oracle = timed_oracle(model, preset, start, device)
     subjects: dict[str, EngineSubject] = {}
     gates: dict[str, str | None] = {}
-    excused: dict[str, int] = {}
+    excused: dict[str, tuple[int, float]] = {}
     _give_memory_back()
     built: list[int | None] = []
     twice = _second_runs(plan)
@@ -426,7 +429,7 @@ def open_subjects(
             excused.pop(name, None)
         _check_room(built, len(plan.sets) - 1 - number)
     off_ms = tuple(1e3 * seconds for seconds in oracle.seconds)
-    return subjects, gates, Gated(preset.requests, preset.warmup, oracle.budget, excused, off_ms)
+    return subjects, gates, Gated(preset.requests, preset.warmup, oracle.budget, excused, oracle.plain, off_ms)
 
 
 def _is_whole(preset: Preset, plan: Plan, model: Model) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,16 +95,19 @@ class Oracle:
     Args:
         generated: of everything off.
         budget: of `ladder_workload.gate_budget`.
+        plain: requests with another token under plain bf16 attention, and the largest gap, as `excused`; over the steps
+            of the budget.
         seconds: of its steps, the first ones of a fresh engine and no measurement.
     """
 
     generated: Generated
     budget: float
-    seconds: tuple[float, ...] = ()
+    plain: tuple[int, float]
+    seconds: tuple[float, ...]
 
-    def excused(self, found: Generated) -> int:
-        """Requests with another token than the oracle's; where `reason` is None, of logits within the budget."""
-        return sum(tokens != found.tokens.get(id) for id, tokens in self.generated.tokens.items())
+    def excused(self, found: Generated) -> tuple[int, float]:
+        """Requests with another token than the oracle's, and the largest gap of `ladder_workload.gaps` among them."""
+        return _widest(workload.gaps(found, self.generated))
 
     def reason(self, found: Generated) -> str | None:
         """None where a run's tokens are the oracle's, else what is wrong."""
@@ -118,7 +122,13 @@ def timed_oracle(model: Model, preset: Preset, start: Checkpoint, device: torch.
     off, seconds = _answers(engine, start, preset.warmup)
     workload.attend_plainly(engine)
     plain, _ = _answers(engine, start, preset.budget)
-    return Oracle(off, workload.gate_budget(plain, off), tuple(seconds))
+    first = {id: tokens[: preset.budget] for id, tokens in off.tokens.items()}
+    apart = _widest(workload.gaps(plain, Generated(first, off.logits)))
+    return Oracle(off, workload.gate_budget(plain, off), apart, tuple(seconds))
+
+
+def _widest(gaps: Mapping[int, float]) -> tuple[int, float]:
+    return len(gaps), max(gaps.values(), default=0.0)
 
 
 def _answers(engine: DecodeEngine, start: Checkpoint, steps: int) -> tuple[Generated, list[float]]:

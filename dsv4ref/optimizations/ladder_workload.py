@@ -37,6 +37,7 @@ __all__ = [
     "SoakPlan",
     "attend_plainly",
     "divergent",
+    "gaps",
     "gate_budget",
     "generate",
     "get_preset",
@@ -184,7 +185,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         preset.name: preset
         for preset in (
             Preset(
-                "h200-slice", requests=1024, prompt=512, output=512, sample_s=0.5, warmup=3, budget=1, often=2,
+                "h200-slice", requests=1024, prompt=512, output=512, sample_s=0.65, warmup=3, budget=1, often=2,
                 soak=None, begin="device_step", **_FLASH,
                 about="the sources' benchmark (512 in, 512 out, 1024 concurrent) on three layers of V4-Flash",
             ),
@@ -375,6 +376,28 @@ def gate_budget(plain: Generated, reference: Generated) -> float:
     return 2 * worst
 
 
+def gaps(run: Generated, reference: Generated) -> dict[int, float]:
+    """Requests with another token than the reference's, and by how much it had been lower in the reference's logits.
+
+    Args:
+        run, reference: of the same requests.
+
+    Returns:
+        Request -> the highest logit less that of the run's token where the two first differ; infinite where the run has
+        ended early or went on.
+    """
+    found = {}
+    for id, tokens in reference.tokens.items():
+        at, given = _agreed(run, reference, id), run.tokens.get(id, [])
+        if at == len(tokens) == len(given):
+            continue
+        found[id] = math.inf  # it ended early, or ran on
+        if at < min(len(tokens), len(given)):
+            logits = reference.logits[id][at]
+            found[id] = float(logits.max() - logits[given[at]])
+    return found
+
+
 def divergent(run: Generated, reference: Generated, budget: float) -> int:
     """Requests whose tokens leave the reference's by more than the budget explains.
 
@@ -382,14 +405,4 @@ def divergent(run: Generated, reference: Generated, budget: float) -> int:
         run, reference: of the same requests.
         budget: of `gate_budget`; two logits may each be off by it.
     """
-    count = 0
-    for id, tokens in reference.tokens.items():
-        at = _agreed(run, reference, id)
-        if at == len(tokens) and len(run.tokens.get(id, ())) == at:
-            continue
-        if at >= len(run.tokens.get(id, ())):
-            count += 1  # it ended early, or ran on
-            continue
-        logits = reference.logits[id][at]
-        count += not float(logits.max() - logits[run.tokens[id][at]]) <= 2 * budget
-    return count
+    return sum(not gap <= 2 * budget for gap in gaps(run, reference).values())

@@ -181,6 +181,14 @@ def test_another_token_is_a_divergence_unless_its_logit_is_within_the_budget() -
     assert workload.divergent(far, reference, 0.06) == 1
 
 
+def test_a_gap_is_how_far_below_the_highest_the_other_token_was() -> None:
+    reference = generated([2, 0], [[0.0, 0.9, 1.0], [1.0, 0.0, 0.0]])
+    assert workload.gaps(reference, reference) == {}
+    assert workload.gaps(generated([1, 1], [[0.0, 1.0, 0.9]] * 2), reference) == {0: pytest.approx(0.1)}
+    assert workload.gaps(generated([2], [[0.0, 0.9, 1.0]]), reference) == {0: float("inf")}
+    assert workload.gaps(generated([2, 0, 1], [[0.0, 0.9, 1.0]] * 3), reference) == {0: float("inf")}
+
+
 def test_an_answer_that_ends_early_is_a_divergence() -> None:
     reference = generated([2, 0], [[0.0, 0.9, 1.0], [1.0, 0.0, 0.0]])
     assert workload.divergent(generated([2], [[0.0, 0.9, 1.0]]), reference, 1.0) == 1
