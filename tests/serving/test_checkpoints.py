@@ -216,3 +216,26 @@ def test_prompts_that_go_through_device_steps_leave_what_the_reference_leaves(
     assert {id: tokens[:STEPS] for id, tokens in given.items()} == {id: t[:STEPS] for id, t in behind.items()}
     with pytest.raises(ValueError, match="prompt_rows: got True, expected False without device_step"):
         engine(model, device=device, prompt_rows=True)
+
+
+def test_a_state_is_handed_back_as_it_was_taken_over(model: Model, start: Checkpoint, device: str) -> None:
+    other = engine(model, device=device, chunk=40, features=available(model).without("captured_steps"), buckets=(2,))
+    other.restore(start)
+    assert other.decoder is not None
+    for id, state in other._states.items():
+        assert state is not None
+        other.decoder.states.join(id, state)
+        handed = other.decoder.states.hand_back(id, state.position)
+        assert handed.position == state.position
+        for number, (got, want) in enumerate(zip(handed.layers, state.layers, strict=True)):
+            assert (got.window, got.compressed, got.index_keys) == (want.window, want.compressed, want.index_keys)
+            for name in ("compressor", "index_compressor"):
+                mine, theirs = getattr(got, name), getattr(want, name)
+                assert (mine is None) == (theirs is None), (number, name)
+                for field, value in vars(theirs).items() if theirs is not None else ():
+                    given = getattr(mine, field)
+                    where = (number, name, field)
+                    if isinstance(value, torch.Tensor):
+                        torch.testing.assert_close(given, value.to(given), rtol=0, atol=0, msg=str(where))
+                    else:
+                        assert given == value, where
