@@ -494,6 +494,7 @@ OPTIMIZATION = Optimization(
         *decode_model.MEASURED_MODULES,
         "dsv4ref.kernels.sparse_mla.hopper_decode",
         "dsv4ref.kernels.sparse_mla.hopper_kernel",
+        "dsv4ref.kernels.sparse_mla.hopper_roles",
         "dsv4ref.kernels.sparse_mla.merge",
         "dsv4ref.kernels.sparse_mla.prefill",
         "dsv4ref.kernels.sparse_mla.split_decode",
