@@ -125,11 +125,12 @@ def _write_half(
 ):  # fmt: skip
     """One half of the dims of a piece's heads, scaled: to the output, or to the parts where a split saw a key."""
     out, parts = targets
+    layout: gl.constexpr = output.type.layout
     head_block, row, split = _place(item, sizes)
-    heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _OUTPUT))
+    heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, layout))
     output = output * share[:, None]
     if SPLIT:
-        dims = HALF * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _OUTPUT))
+        dims = HALF * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, layout))
         place = (split.to(gl.int64) * sizes[1] + row) * sizes[2] + heads
         # The share is -1 where nothing was seen; a NaN has been, and shows.
         seen = (heads < sizes[2]) & ((share >= 0.0) | (share != share))
