@@ -53,6 +53,10 @@ _SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 _GATHER = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
 
+# No code is better for knowing their divisors, and one kernel for every batch is compiled once.
+_SIZES = ("indices_stride", "num_positions", "num_keys", "width", "num_rows", "num_heads")
+
+
 @gluon.jit
 def _length_of(row, lists):
     """How many leading entries of its list a row reads."""
@@ -66,14 +70,14 @@ def _length_of(row, lists):
 @gluon.jit
 def _slots_at(lists, row, tile, end):
     """Slots of one tile of a row's list, -1 beyond its end."""
-    lanes = tile * _KEYS + gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _GATHER))
+    lanes = tile * _KEYS + gl.arange(_KEYS, layout=gl.SliceLayout(1, _GATHER))
     return gl.load(lists[0] + row * lists[1] + lanes, mask=lanes < end, other=-1)
 
 
 @gluon.jit
 def _copy(half, rows, valid, FIRST: gl.constexpr):
     """Begin to copy 256 dims of 64 rows; rows that are not valid arrive as zeros."""
-    dims = FIRST + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _GATHER))
+    dims = FIRST + gl.arange(_HALF, layout=gl.SliceLayout(0, _GATHER))
     async_copy.async_copy_global_to_shared(half, rows[:, None] + dims[None, :], mask=valid[:, None])
 
 
@@ -86,7 +90,7 @@ def _fill(query, keys, live, known, full, empty, asked, answered, sizes, lists, 
         end = _length_of(row, lists)
         slots = _slots_at(lists, row, 0, end)
         next_slots = _slots_at(lists, row, 1, end)
-        for tile in range(0, (end + _KEYS - 1) // _KEYS):
+        for tile in range((end + _KEYS - 1) // _KEYS):
             later_slots = _slots_at(lists, row, tile + 2, end)
             at = step % 2
             phase = ((step // 2) & 1) ^ 1
@@ -102,7 +106,7 @@ def _fill(query, keys, live, known, full, empty, asked, answered, sizes, lists, 
             _copy(keys.index(2 * at + 1), rows, valid, 256)
             async_copy.mbarrier_arrive(full.index(2 * at + 1), increment_count=False)
             if tile == 0:
-                heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _GATHER))
+                heads = head_block * _HEADS + gl.arange(_HEADS, layout=gl.SliceLayout(1, _GATHER))
                 q_rows = q + row * q_strides[0] + heads.to(gl.int64) * q_strides[1]
                 mbarrier.wait(answered, turn ^ 1)
                 _copy(query.index(0), q_rows, heads < sizes[2], 0)
@@ -131,7 +135,7 @@ def _score(
         if tiles > 0:
             mbarrier.wait(asked, asks)
             asks = asks ^ 1
-        for tile in range(0, tiles):
+        for tile in range(tiles):
             at = step % 2
             phase = (step // 2) & 1
             mbarrier.wait(known.index(at), phase)
@@ -164,7 +168,7 @@ def _score(
             row_sum = row_sum * decay + gl.sum(weights, axis=1)
             step += 1
 
-        heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=per_row)
+        heads = head_block * _HEADS + gl.arange(_HEADS, layout=per_row)
         wide = heads.to(gl.int64)
         unseen = row_sum == 0.0
         value = gl.where(unseen, float("-inf"), (row_max + gl.log2(row_sum)) * _LN_2)
@@ -197,7 +201,7 @@ def _sum(
     for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
         _, row, _ = _place(item, sizes)
         output = gl.zeros([_HEADS, _HALF], gl.float32, layout=_SUMS)
-        for _ in range(0, (_length_of(row, lists) + _KEYS - 1) // _KEYS):
+        for _ in range((_length_of(row, lists) + _KEYS - 1) // _KEYS):
             at = step % 2
             mbarrier.wait(ready.index(at), (step // 2) & 1)
             output = output * decays.index(at).load(per_row)[:, None]
@@ -212,7 +216,7 @@ def _sum(
         turn = 1 - turn
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=_SIZES)
 def _hopper_prefill_kernel(
     q,
     kv,
