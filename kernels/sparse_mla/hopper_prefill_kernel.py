@@ -70,14 +70,14 @@ def _length_of(row, lists):
 @gluon.jit
 def _slots_at(lists, row, tile, end):
     """Slots of one tile of a row's list, -1 beyond its end."""
-    lanes = tile * _KEYS + gl.arange(_KEYS, layout=gl.SliceLayout(1, _GATHER))
+    lanes = tile * _KEYS + gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _GATHER))
     return gl.load(lists[0] + row * lists[1] + lanes, mask=lanes < end, other=-1)
 
 
 @gluon.jit
 def _copy(half, rows, valid, FIRST: gl.constexpr):
     """Begin to copy 256 dims of 64 rows; rows that are not valid arrive as zeros."""
-    dims = FIRST + gl.arange(_HALF, layout=gl.SliceLayout(0, _GATHER))
+    dims = FIRST + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _GATHER))
     async_copy.async_copy_global_to_shared(half, rows[:, None] + dims[None, :], mask=valid[:, None])
 
 
@@ -106,7 +106,7 @@ def _fill(query, keys, live, known, full, empty, asked, answered, sizes, lists, 
             _copy(keys.index(2 * at + 1), rows, valid, 256)
             async_copy.mbarrier_arrive(full.index(2 * at + 1), increment_count=False)
             if tile == 0:
-                heads = head_block * _HEADS + gl.arange(_HEADS, layout=gl.SliceLayout(1, _GATHER))
+                heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _GATHER))
                 q_rows = q + row * q_strides[0] + heads.to(gl.int64) * q_strides[1]
                 mbarrier.wait(answered, turn ^ 1)
                 _copy(query.index(0), q_rows, heads < sizes[2], 0)
@@ -168,7 +168,7 @@ def _score(
             row_sum = row_sum * decay + gl.sum(weights, axis=1)
             step += 1
 
-        heads = head_block * _HEADS + gl.arange(_HEADS, layout=per_row)
+        heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=per_row)
         wide = heads.to(gl.int64)
         unseen = row_sum == 0.0
         value = gl.where(unseen, float("-inf"), (row_max + gl.log2(row_sum)) * _LN_2)
