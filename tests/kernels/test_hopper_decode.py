@@ -32,7 +32,7 @@ CHILD = Path(__file__).with_name("hopper_ptx.py")
 SPILL_LIMIT = 160
 REGISTERS_OF_A_SM = 65_536
 SHARED_OF_A_BLOCK = 232_448
-THREADS = 3 * 128
+THREADS = 4 * 128
 
 
 @functools.cache
@@ -71,16 +71,19 @@ def test_a_path_that_is_none_is_refused(build: Builder) -> None:
         split_k_decode(call.q, call.swa, call.extra, path="cuda")  # type: ignore[arg-type]
 
 
-def test_what_it_does_not_take_is_said(build: Builder, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_does_not_take_is_said(build: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_decode, "architecture", lambda where: "sm_90")
-    where = torch.device(device)
     call = build.small(rows=1)
     mixed = build.small(rows=1, dialects=("e4m3fn", "e4m3fnuz"))
-    assert hopper_decode.refusal(where, call.swa, call.extra, None) is None
-    said = hopper_decode.refusal(where, mixed.swa, mixed.extra, None)
+    assert hopper_decode.refusal(call.q, call.swa, call.extra, None) is None
+    said = hopper_decode.refusal(mixed.q, mixed.swa, mixed.extra, None)
     assert said == "extra's cache is e4m3fnuz, and it reads e4m3fn only"
-    said = hopper_decode.refusal(where, call.swa, call.extra, LaunchShape(16, 16, 4))
+    said = hopper_decode.refusal(call.q, call.swa, call.extra, LaunchShape(16, 16, 4))
     assert said == "its tile is fixed, and launch asks for 16x16 w4 s1"
+    askew = torch.zeros((1, 64, 520), dtype=torch.bfloat16, device=call.q.device)[:, :, :512]
+    said = hopper_decode.refusal(askew, call.swa, call.extra, None)
+    assert said is not None
+    assert said.endswith("with strides (33280, 520, 1), and it copies 16 bytes at a time")
 
 
 @pytest.mark.parametrize("heads", [64, 128])
