@@ -18,7 +18,6 @@ import functools
 import importlib
 from types import ModuleType
 
-import torch
 import triton
 from torch import Tensor
 

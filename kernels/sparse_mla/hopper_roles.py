@@ -60,7 +60,8 @@ def _weigh(scores, valid, row_max, row_sum, scale_log2, weights_tile, decays, re
 
 @gluon.jit
 def _with_sink(row_max, row_sum, sink, heads, num_heads):
-    """What sums are multiplied by where a sink joins: l' = l * exp(m - m') + exp(sink - m'), o = acc * exp(m - m') / l'."""
+    """What a row's sums are multiplied by where a sink joins its keys."""
+    # l' = l * exp(m - m') + exp(sink - m'), o = acc * exp(m - m') / l'
     sink_log2 = gl.load(sink + heads, mask=heads < num_heads, other=float("-inf")) * _LOG2_E
     new_max = gl.maximum(row_max, sink_log2)
     decay = gl.exp2(row_max - new_max)
