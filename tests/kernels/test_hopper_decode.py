@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from dsv4ref.formats import kv_cache
 from dsv4ref.kernels.sparse_mla import LaunchShape, QueryRotation, hopper_decode, plan_for, split_k_decode
 from dsv4ref.kernels.sparse_mla.splits import MAX_SPLITS, Machine
 from dsv4ref.optimizations import split_k_decode as chapter
+from dsv4ref.optimizations.base import verify
 from dsv4ref.ref.rope import frequencies, rotate_back_ref
 from dsv4ref.ref.sparse_attention import sparse_attention_plain, sparse_attention_ref
 
@@ -246,3 +249,36 @@ def test_a_nan_code_and_a_nan_scale_show(build: Builder, device: str) -> None:
 def test_the_chapters_gate_compares_it(case: str) -> None:
     inputs = chapter.OPTIMIZATION.make_inputs(chapter.OPTIMIZATION.case(case), "cuda", 0)
     assert f"{chapter.HOPPER} out" in chapter.OPTIMIZATION.optimized(inputs)
+
+
+PLANTED = {
+    "a scale of the neighbouring group": ("hopper_fill", "(_FACTOR_0,", "(_FACTOR_1,"),
+    "a tile's last key dropped": ("hopper_fill", "(lanes < length)", "(lanes < length) & (lanes % _KEYS != _KEYS - 1)"),
+    "older sums do not decay": ("hopper_kernel", "output * decays.index(at).load(per_row)[:, None]", "output"),
+}
+
+
+def planted(bug: str, folder: Path) -> ModuleType:
+    """The kernel's module with a bug in its source, or in that of its fill, under names of their own."""
+    package = hopper_decode.__name__.rpartition(".")[0]
+    where, right, wrong = PLANTED[bug]
+    for name in ("hopper_fill", "hopper_kernel"):
+        source = (Path(hopper_decode.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        if name == where:
+            assert source.count(right) == 1, f"{name}: {right!r} stands there {source.count(right)} times"
+            source = source.replace(right, wrong)
+        source = source.replace(f"from {package}.hopper_fill import", "from planted_fill import")
+        (folder / f"{name.replace('hopper', 'planted')}.py").write_text(source, encoding="utf-8")
+    return importlib.import_module("planted_kernel")
+
+
+@needs_sm_90
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_turns_the_chapters_gate_red(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("planted_fill", "planted_kernel"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module = planted(bug, tmp_path)
+    monkeypatch.setattr(hopper_decode, "_kernel_module", lambda: module)
+    verdict = verify(chapter.OPTIMIZATION, "tiny-ragged", device="cuda", seed=0)
+    assert not verdict.passed, f"{bug}: {verdict.detail}"
