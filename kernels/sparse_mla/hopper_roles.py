@@ -1,13 +1,9 @@
 """What the warps that multiply share in Hopper's warp-specialised kernels: a tile's softmax, a row's end, its output.
 
 A piece of work is 64 heads of a row and split. Its key tiles, bf16 ``[64, 512]``, come through two places in shared
-memory; one role scores them, two more sum the values, dims 0..255 and 256..511::
-
-    score    S = Q K^T (wgmma), online softmax in base 2, weights P and decays to shared memory, "ready"
-    sum      O = O * decay + P K for one half of the dims; at a row's end O times the row's share
-
-so that a tile's scores are computed while the sums of the tile before run. Who fills the places is each kernel's own
-affair: `hopper_kernel` has the decode, `hopper_prefill_kernel` the prefill.
+memory. One role scores a tile (S = Q K^T, online softmax in base 2) and hands the weights P on in bf16, with what older
+sums decay by; sums O = O * decay + P K are kept by halves of the dims, 0..255 and 256..511, which different roles have.
+Who fills the places is each kernel's own affair: `hopper_kernel` has the decode, `hopper_prefill_kernel` the prefill.
 """
 
 from __future__ import annotations
@@ -55,7 +51,7 @@ def _weigh(scores, valid, row_max, row_sum, scale_log2, weights_tile, decays, re
     decays.store(decay)
     fence_async_shared()
     mbarrier.arrive(ready, count=1)
-    return new_max, row_sum * decay + gl.sum(weights, axis=1)
+    return decay, new_max, row_sum * decay + gl.sum(weights, axis=1)
 
 
 @gluon.jit
