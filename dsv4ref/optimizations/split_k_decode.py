@@ -110,7 +110,7 @@ def _baseline(inputs: SplitInputs) -> dict[str, Tensor]:
 def _on_hopper(inputs: SplitInputs) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
     """These inputs' call of Hopper's kernel; None where it does not exist or does not take them."""
     step = inputs.step
-    if hopper_decode.refusal(step.q.device, step.swa, step.extra, None) is not None:
+    if hopper_decode.refusal(step.q, step.swa, step.extra, None) is not None:
         return None
     return functools.partial(
         split_decode.split_k_decode, step.q, step.swa, step.extra, sink=inputs.sink, scale=step.scale,
@@ -511,6 +511,7 @@ OPTIMIZATION = Optimization(
     measured_modules=(
         *decode_model.MEASURED_MODULES,
         "dsv4ref.kernels.sparse_mla.hopper_decode",
+        "dsv4ref.kernels.sparse_mla.hopper_fill",
         "dsv4ref.kernels.sparse_mla.hopper_kernel",
         "dsv4ref.kernels.sparse_mla.hopper_prefill",
         "dsv4ref.kernels.sparse_mla.hopper_prefill_kernel",
