@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -261,3 +263,33 @@ def test_a_prompt_is_timed_on_both_paths_and_wrong_keys_are_refused(device: str)
     opt = chapter.OPTIMIZATION
     inputs = opt.make_inputs(opt.case("tiny-prompt"), device, 5)
     assert chapter.HOPPER_BF16_KEYS in opt.timed(inputs)
+
+
+PLANTED = {
+    "a list's last key dropped": ("mask=lanes < end,", "mask=lanes < end - 1,"),
+    "one half of the dims scored twice": ("keys.index(2 * at + 1).permute", "keys.index(2 * at).permute"),
+    "older sums do not decay": ("output * decays.index(at).load(per_row)[:, None]", "output"),
+}
+
+
+def planted(bug: str, folder: Path) -> ModuleType:
+    """The kernel's module with a bug in its source, under a name of its own."""
+    right, wrong = PLANTED[bug]
+    source = Path(hopper_prefill.__file__).with_name("hopper_prefill_kernel.py").read_text(encoding="utf-8")
+    assert source.count(right) == 1, f"{right!r} stands there {source.count(right)} times"
+    (folder / "planted_prefill.py").write_text(source.replace(right, wrong), encoding="utf-8")
+    return importlib.import_module("planted_prefill")
+
+
+@needs_sm_90
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_seen(bug: str, build: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = build.call(build.lists((70, 130), 256), heads=64, entries=256)
+    call.check(*run(call))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "planted_prefill", raising=False)
+    module = planted(bug, tmp_path)
+    monkeypatch.setattr(hopper_prefill, "_kernel_module", lambda: module)
+    out, _ = run(call)
+    with pytest.raises(AssertionError):
+        call.check(out)
