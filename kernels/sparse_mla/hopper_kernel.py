@@ -120,7 +120,7 @@ def _lead(
             valid = live.index(at).load(per_key)[None, :] != 0
             scores = _scores(query, keys, at)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            _, row_max, row_sum = _weigh(
+            decay, row_max, row_sum = _weigh(
                 scores, valid, row_max, row_sum, scale_log2, weights_tiles.index(at), decays.index(at), ready.index(at)
             )  # fmt: skip
             step += 1

@@ -152,7 +152,7 @@ def _score(
             scores = warpgroup_mma(query.index(1), keys.index(2 * at + 1).permute((1, 0)), part, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(answered, count=1, pred=tile + 1 == tiles)
-            _, row_max, row_sum = _weigh(
+            _decay, row_max, row_sum = _weigh(
                 scores, valid, row_max, row_sum, scale_log2, weights_tiles.index(at), decays.index(at), ready.index(at)
             )  # fmt: skip
             step += 1
