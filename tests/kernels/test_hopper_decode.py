@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from dsv4ref.formats import kv_cache
 from dsv4ref.kernels.sparse_mla import LaunchShape, QueryRotation, hopper_decode, plan_for, split_k_decode
 from dsv4ref.kernels.sparse_mla.splits import MAX_SPLITS, Machine
 from dsv4ref.optimizations import split_k_decode as chapter
+from dsv4ref.optimizations.base import verify
 from dsv4ref.ref.rope import frequencies, rotate_back_ref
 from dsv4ref.ref.sparse_attention import sparse_attention_plain, sparse_attention_ref
 
@@ -32,7 +35,7 @@ CHILD = Path(__file__).with_name("hopper_ptx.py")
 SPILL_LIMIT = 160
 REGISTERS_OF_A_SM = 65_536
 SHARED_OF_A_BLOCK = 232_448
-THREADS = 3 * 128
+THREADS = 4 * 128
 
 
 @functools.cache
@@ -71,16 +74,28 @@ def test_a_path_that_is_none_is_refused(build: Builder) -> None:
         split_k_decode(call.q, call.swa, call.extra, path="cuda")  # type: ignore[arg-type]
 
 
-def test_what_it_does_not_take_is_said(build: Builder, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_does_not_take_is_said(build: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_decode, "architecture", lambda where: "sm_90")
-    where = torch.device(device)
     call = build.small(rows=1)
     mixed = build.small(rows=1, dialects=("e4m3fn", "e4m3fnuz"))
-    assert hopper_decode.refusal(where, call.swa, call.extra, None) is None
-    said = hopper_decode.refusal(where, mixed.swa, mixed.extra, None)
+    assert hopper_decode.refusal(call.q, call.swa, call.extra, None) is None
+    said = hopper_decode.refusal(mixed.q, mixed.swa, mixed.extra, None)
     assert said == "extra's cache is e4m3fnuz, and it reads e4m3fn only"
-    said = hopper_decode.refusal(where, call.swa, call.extra, LaunchShape(16, 16, 4))
+    said = hopper_decode.refusal(call.q, call.swa, call.extra, LaunchShape(16, 16, 4))
     assert said == "its tile is fixed, and launch asks for 16x16 w4 s1"
+    askew = torch.zeros((1, 64, 520), dtype=torch.bfloat16, device=call.q.device)[:, :, :512]
+    said = hopper_decode.refusal(askew, call.swa, call.extra, None)
+    assert said is not None
+    assert said.endswith("with strides (33280, 520, 1), and it copies 16 bytes at a time")
+
+
+def test_it_is_taken_where_it_was_faster() -> None:
+    taken = {
+        heads: [rows for rows in (1, 7, 8, 31, 32, 256) if hopper_decode.worthwhile(rows, heads, 128, 512)]
+        for heads in (4, 8, 32, 64, 127, 128)
+    }
+    many = [8, 31, 32, 256]
+    assert taken == {4: [], 8: [32, 256], 32: [32, 256], 64: many, 127: many, 128: [1, 7, *many]}
 
 
 @pytest.mark.parametrize("heads", [64, 128])
@@ -109,8 +124,8 @@ def test_a_plan_covers_every_tile_and_keeps_a_count_that_is_asked_for(h200: Mach
 def test_it_compiles_for_sm_90_without_a_gpu() -> None:
     """wgmma, not serialised; 16-byte loads; registers and shared memory of one SM; few words spilt.
 
-    Zero it is not: three roles share the register file, and ptxas spills some tens of bytes, by Triton release. The
-    accumulators are 512 bytes of each thread: the limit is far below one of them going to memory.
+    Zero it is not: four groups of warps share the register file, and ptxas spills around a hundred bytes, by Triton
+    release. The accumulators are 512 bytes of each thread: the limit is far below one of them going to memory.
     """
     pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -243,3 +258,41 @@ def test_a_nan_code_and_a_nan_scale_show(build: Builder, device: str) -> None:
 def test_the_chapters_gate_compares_it(case: str) -> None:
     inputs = chapter.OPTIMIZATION.make_inputs(chapter.OPTIMIZATION.case(case), "cuda", 0)
     assert f"{chapter.HOPPER} out" in chapter.OPTIMIZATION.optimized(inputs)
+
+
+PLANTED = {
+    "a scale of the neighbouring group": ("hopper_fill", "(_FACTOR_0,", "(_FACTOR_1,", "tiny-ragged"),
+    "a tile's last key dropped": (
+        "hopper_fill", "(lanes < length)", "(lanes < length) & (lanes % _KEYS != _KEYS - 1)", "flash-74",
+    ),
+    "older sums do not decay": (
+        "hopper_kernel", "output * decays.index(at).load(per_row)[:, None]", "output", "flash-74",
+    ),
+}  # fmt: skip
+"""Where a bug goes, what stands there, what it becomes, and a case that shows it: any tile, a full one, several."""
+
+
+def planted(bug: str, folder: Path) -> ModuleType:
+    """The kernel's module with a bug in its source, or in that of its fill, under names of their own."""
+    package = hopper_decode.__name__.rpartition(".")[0]
+    where, right, wrong, _ = PLANTED[bug]
+    for name in ("hopper_fill", "hopper_kernel"):
+        source = (Path(hopper_decode.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        if name == where:
+            assert source.count(right) == 1, f"{name}: {right!r} stands there {source.count(right)} times"
+            source = source.replace(right, wrong)
+        source = source.replace(f"from {package}.hopper_fill import", "from planted_fill import")
+        (folder / f"{name.replace('hopper', 'planted')}.py").write_text(source, encoding="utf-8")
+    return importlib.import_module("planted_kernel")
+
+
+@needs_sm_90
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_turns_the_chapters_gate_red(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("planted_fill", "planted_kernel"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module = planted(bug, tmp_path)
+    monkeypatch.setattr(hopper_decode, "_kernel_module", lambda: module)
+    verdict = verify(chapter.OPTIMIZATION, PLANTED[bug][3], device="cuda", seed=0)
+    assert not verdict.passed, f"{bug}: {verdict.detail}"
