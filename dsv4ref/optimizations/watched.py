@@ -55,7 +55,9 @@ def run_timed(chapter: str, case: str, seed: int, variants: Sequence[str]) -> No
     opt = catalogue.get(chapter)
     calls = opt.timed(opt.make_inputs(opt.case(case), "cuda", case_seed(opt.id, case, seed)))
     if unknown := [name for name in variants if name not in calls]:
-        raise ValueError(f"variants: got {', '.join(unknown)}, expected some of {', '.join(calls)} for {chapter}/{case}")
+        raise ValueError(
+            f"variants: got {', '.join(unknown)}, expected some of {', '.join(calls)} for {chapter}/{case}"
+        )
     for name in variants:
         for _ in range(_WARM_UP):
             calls[name]()
