@@ -1,20 +1,19 @@
 """The process that a profiler or a sanitizer watches: it runs one case of one chapter, and as little else as it can.
 
 ``python -m dsv4ref.optimizations.watched timed CHAPTER CASE SEED VARIANT...`` calls each variant once, after warm-up,
-between the profiler's start and stop and in an NVTX range that carries its name; a profiler told to leave everything
-before the start alone sees nothing but the launches of these calls. ``... watched gate CHAPTER CASE SEED`` makes
-the two calls that the gate compares, in memory that PyTorch does not pool, so that an access past a tensor's end leaves
-its allocation.
+between the profiler's start and stop and in an NVTX range of its own; a profiler told to leave everything before the
+start alone sees nothing but the launches of these calls. ``... watched gate CHAPTER CASE SEED`` makes the two calls
+that the gate compares.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
 import torch
 
+from dsv4ref.evidence import profiles
 from dsv4ref.optimizations import catalogue
 from dsv4ref.optimizations.base import case_seed
 
@@ -22,7 +21,6 @@ __all__ = ["gate_command", "run_gate_calls", "run_timed", "timed_command", "vari
 
 _WARM_UP = 2
 _MODULE = "dsv4ref.optimizations.watched"
-_UNPOOLED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 
 
 def timed_command(chapter: str, case: str, seed: int, variants: Sequence[str]) -> list[str]:
@@ -63,8 +61,8 @@ def run_timed(chapter: str, case: str, seed: int, variants: Sequence[str]) -> No
             calls[name]()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
-    for name in variants:
-        with torch.cuda.nvtx.range(name):
+    for number, name in enumerate(variants):
+        with torch.cuda.nvtx.range(profiles.range_name(number)):
             calls[name]()
             torch.cuda.synchronize()
     torch.cuda.profiler.stop()
@@ -88,5 +86,4 @@ if __name__ == "__main__":
     if what == "timed":
         run_timed(chapter, case, int(seed), variants)
     else:
-        os.environ[_UNPOOLED] = "1"  # read at PyTorch's first allocation
         run_gate_calls(chapter, case, int(seed))
