@@ -191,10 +191,9 @@ def write(path: Path, found: Iterable[Profile]) -> None:
     lines.append(path, found, Profile)
 
 
-def shipped(extra: Path | None = None) -> tuple[Profile, ...]:
-    """The profiles that came with the package, then those below `extra`. Raises as `lines.read_folder`."""
-    found = lines.shipped("profiles", Profile)
-    return found if extra is None else found + lines.read_folder(extra, Profile)
+def shipped() -> tuple[Profile, ...]:
+    """The profiles that came with the package. Raises as `lines.read_folder`."""
+    return lines.shipped("profiles", Profile)
 
 
 def latest(found: Iterable[Profile]) -> tuple[Profile, ...]:

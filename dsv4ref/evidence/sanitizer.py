@@ -128,10 +128,9 @@ def write(path: Path, inspections: Iterable[Inspection]) -> None:
     lines.append(path, inspections, Inspection)
 
 
-def shipped(extra: Path | None = None) -> tuple[Inspection, ...]:
-    """The inspections that came with the package, then those below `extra`. Raises as `lines.read_folder`."""
-    found = lines.shipped("sanitizer", Inspection)
-    return found if extra is None else found + lines.read_folder(extra, Inspection)
+def shipped() -> tuple[Inspection, ...]:
+    """The inspections that came with the package. Raises as `lines.read_folder`."""
+    return lines.shipped("sanitizer", Inspection)
 
 
 def latest(inspections: Iterable[Inspection]) -> tuple[Inspection, ...]:
