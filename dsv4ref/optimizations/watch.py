@@ -72,6 +72,7 @@ def profile(
             raise RuntimeError(f"{opt.id}/{name}: {profiles.PROGRAM} saw no launch of {', '.join(idle)}")
         found = []
         counts = dict.fromkeys(chosen, 0)
+        where, sources = _where(), records.hash_sources(opt.measured_modules)
         for launch in launches:
             variant = chosen[launch.variant]
             peer = variant.removeprefix(PEER_PREFIX) if variant.startswith(PEER_PREFIX) else None
@@ -85,10 +86,10 @@ def profile(
                     tool_version=tool,
                     gate="passed",
                     seed=seed,
-                    sources=records.hash_sources(opt.measured_modules),
+                    sources=sources,
                     peers=None if peer is None else peers.note(peer),
                     run=run,
-                    **_where(),
+                    **where,
                 )
             )
             counts[variant] += 1
@@ -135,6 +136,7 @@ def sanitize(
         with ThreadPoolExecutor(_PROCESSES) as pool:
             commands = [watched.gate_command(opt.id, name, seed) for name in chosen]
             reports = list(pool.map(lambda command, tool=tool: sanitizer.inspect(tool, command), commands))
+        where, sources = _where(), records.hash_sources(opt.measured_modules)
         found = [
             Inspection(
                 chapter=opt.id,
@@ -146,9 +148,9 @@ def sanitize(
                 control=control,
                 tool_version=version,
                 seed=seed,
-                sources=records.hash_sources(opt.measured_modules),
+                sources=sources,
                 run=run,
-                **_where(),
+                **where,
             )
             for name, report in zip(chosen, reports, strict=True)
         ]
