@@ -45,11 +45,11 @@ METRICS: Mapping[str, Metric] = {
     "shared_bytes": Metric("launch__shared_mem_per_block", "byte/block"),
     "warps_per_sm": Metric("sm__maximum_warps_avg_per_active_cycle", "warp"),
     "spill_requests": Metric("derived__local_spilling_requests", ""),
-    "tensor_percent": Metric("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active", "%"),
-    "issue_percent": Metric("sm__inst_issued.avg.pct_of_peak_sustained_active", "%"),
-    "dram_percent": Metric("dram__throughput.avg.pct_of_peak_sustained_elapsed", "%"),
+    "tensor_percent": Metric("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed", "%"),
+    "issue_percent": Metric("sm__inst_issued.avg.pct_of_peak_sustained_elapsed", "%"),
+    "dram_percent": Metric("gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", "%"),
     "l2_percent": Metric("lts__throughput.avg.pct_of_peak_sustained_elapsed", "%"),
-    "l1_percent": Metric("l1tex__throughput.avg.pct_of_peak_sustained_active", "%"),
+    "l1_percent": Metric("l1tex__throughput.avg.pct_of_peak_sustained_elapsed", "%"),
     "l2_hit_percent": Metric("lts__t_sector_hit_rate.pct", "%"),
     "store_conflicts": Metric("l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_st.sum", ""),
     "store_wavefronts": Metric("l1tex__data_pipe_lsu_wavefronts_mem_shared_op_st.sum", ""),
@@ -151,7 +151,7 @@ class Profile:
                 f"us, cycles_per_instruction: got {self.us}, {self.cycles_per_instruction}, expected positive numbers"
             )
         total = sum(self.stalls.values())
-        if abs(total - self.cycles_per_instruction) > 0.02 * self.cycles_per_instruction:
+        if abs(total - self.cycles_per_instruction) > 0.1 + 0.01 * self.cycles_per_instruction:  # of rounded terms
             raise ValueError(
                 f"stalls: their sum is {total}, expected cycles_per_instruction, which is {self.cycles_per_instruction}"
             )

@@ -30,6 +30,14 @@ SCHEMA = 1
 TIMEOUT_S = 300.0
 """Wall-clock limit of one run; a sanitizer slows a kernel ten to a hundred times."""
 
+OPTIONS: Mapping[Tool, tuple[str, ...]] = {
+    "memcheck": (),
+    # Without it racecheck takes a barrier for a hand-over between those only who themselves arrive and wait at it; it
+    # misses warps that meet at a barrier of theirs and let one thread arrive for all at the next.
+    "racecheck": ("--racecheck-indirect-barrier-dependency=yes",),
+}
+"""What each tool is run with; an `Inspection` says so too."""
+
 _SUMMARY = {
     "memcheck": re.compile(r"^=+ ERROR SUMMARY: (?P<errors>\d+) errors?", re.MULTILINE),
     "racecheck": re.compile(
@@ -56,8 +64,8 @@ class Inspection:
     """One tool's run over the calls that the gate compares, on one case.
 
     `errors` and `warnings` are the tool's totals; `findings` counts its reports by kernel and source lines, and
-    `control` those of the error planted for it before. `tool_version` is the program's own. The other fields are those
-    of a `records.Record`.
+    `control` those of the error planted for it before. `options` is what the tool was run with, `tool_version` the
+    program's own. The other fields are those of a `records.Record`.
 
     Raises: ValueError or TypeError naming the field, what it holds and what is expected.
     """
@@ -69,6 +77,7 @@ class Inspection:
     warnings: int
     findings: Mapping[str, int]
     control: int
+    options: str
     tool_version: str
     device: str
     device_name: str
@@ -222,7 +231,7 @@ def inspect(tool: Tool, command: Sequence[str]) -> Report:
     check_tool(tool)
     # Every allocation its own: in a pooled one an access past a tensor's end stays inside the pool.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    arguments = [require_program(), "--tool", tool, *command]
+    arguments = [require_program(), "--tool", tool, *OPTIONS[tool], *command]
     try:
         done = subprocess.run(
             arguments, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S, check=False

@@ -146,6 +146,7 @@ def sanitize(
                 warnings=report.warnings,
                 findings=report.findings,
                 control=control,
+                options=" ".join(sanitizer.OPTIONS[tool]) or "none",
                 tool_version=version,
                 seed=seed,
                 sources=sources,

@@ -42,6 +42,7 @@ INSPECTION = Inspection(
     warnings=0,
     findings={"_hopper_decode_kernel, hopper_kernel.py:443 and hopper_kernel.py:336": 3},
     control=1,
+    options="none",
     tool_version="2025.3.1.0",
     device="h200",
     device_name="NVIDIA H200",
@@ -158,7 +159,10 @@ def emulated_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 def test_a_run_gives_the_tools_word_and_pools_no_memory(emulated_sanitizer: Callable[..., Path]) -> None:
     arguments = emulated_sanitizer(RACES, 0)
     assert sanitizer.inspect("racecheck", [sys.executable, "-m", "some.module"]).errors == 3
-    assert arguments.read_text().splitlines() == [f"--tool racecheck {sys.executable} -m some.module", "1"]
+    assert arguments.read_text().splitlines() == [
+        f"--tool racecheck {sanitizer.OPTIONS['racecheck'][0]} {sys.executable} -m some.module",
+        "1",
+    ]
 
 
 def test_a_run_that_fails_on_its_own_is_not_clean(emulated_sanitizer: Callable[..., Path]) -> None:

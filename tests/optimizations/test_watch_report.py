@@ -64,6 +64,7 @@ SAID = Inspection(
     warnings=0,
     findings={"_hopper_decode_kernel, hopper_kernel.py:4 and hopper_kernel.py:3": 2},
     control=1,
+    options="none",
     tool_version="2025.3.1.0",
     seed=0,
     sources=SLOW.sources,
