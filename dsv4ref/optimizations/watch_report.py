@@ -13,7 +13,9 @@ from dsv4ref.evidence.profiles import Profile
 from dsv4ref.evidence.sanitizer import Inspection
 from dsv4ref.optimizations.base import Optimization
 
-__all__ = ["FACTORS", "LIMITS", "SANITIZED", "beside", "factor_rows", "limit_rows", "profiled", "sanitized"]
+__all__ = [
+    "FACTORS", "LIMITS", "SANITIZED", "beside", "factor_rows", "factors_said", "limit_rows", "profiled", "sanitized",
+]  # fmt: skip
 
 LIMITS = ("case", "device", "variant", "kernel", "us", "launches", "what limits it")
 """Columns of `limit_rows`."""
@@ -145,6 +147,17 @@ def factor_rows(found: _Found, pairs: Iterable[tuple[str, str]]) -> list[dict[st
             values = (case, device, before, after, ratio, ratio / stretch, stretch, busy)
             rows.append(dict(zip(FACTORS, values, strict=True)))
     return rows
+
+
+def factors_said(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What rows of `factor_rows` come to, a line each; says so where there is none."""
+    said = []
+    for row in rows:
+        factors = {what: row[what] for what in ("instructions", "cycles between them")}
+        helped = [f"{what} x {factor:.2f}" for what, factor in sorted(factors.items(), key=lambda item: item[1])]
+        who = f"{row['case']}, {row['device']}: from {row['from']} to {row['to']}"
+        said.append(f"{who}: time x {row['time']:.2f} = {' and '.join(helped)}")
+    return "\n".join(said) or "no two variants were profiled on the same case"
 
 
 def _said(kept: Sequence[Profile] | Sequence[Inspection], what: str) -> str:

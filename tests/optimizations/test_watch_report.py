@@ -115,6 +115,9 @@ def test_factors_multiply_to_the_ratio_of_the_times(ship: Any) -> None:
     assert row["instructions"] == pytest.approx(250 * 25 / (500 * 20))
     assert row["instructions"] * row["cycles between them"] == pytest.approx(row["time"])
     assert row["tensor pipe busy, us"] == "70 → 70"
+    assert watch_report.factors_said([row]) == (
+        "flash-1024, h200: from optimized to gluon: time x 0.50 = instructions x 0.62 and cycles between them x 0.80"
+    )
 
 
 def test_a_changed_source_is_said(ship: Any) -> None:
@@ -137,3 +140,4 @@ def test_where_nothing_ships_the_page_says_so(ship: Any) -> None:
     assert watch_report.profiled(OPT) == ("no profile ships with this chapter yet", {})
     assert watch_report.sanitized(OPT) == ("no sanitizer run ships with this chapter yet", [])
     assert watch_report.factor_rows({}, [("optimized", "gluon")]) == []
+    assert watch_report.factors_said([]) == "no two variants were profiled on the same case"
