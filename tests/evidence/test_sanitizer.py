@@ -160,7 +160,7 @@ def test_a_run_gives_the_tools_word_and_pools_no_memory(emulated_sanitizer: Call
     arguments = emulated_sanitizer(RACES, 0)
     assert sanitizer.inspect("racecheck", [sys.executable, "-m", "some.module"]).errors == 3
     assert arguments.read_text().splitlines() == [
-        f"--tool racecheck {sanitizer.OPTIONS['racecheck'][0]} {sys.executable} -m some.module",
+        f"--tool racecheck {' '.join(sanitizer.OPTIONS['racecheck'])} {sys.executable} -m some.module",
         "1",
     ]
 
