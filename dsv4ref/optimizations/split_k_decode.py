@@ -26,7 +26,15 @@ from dsv4ref.evidence.isa import CompileRequest
 from dsv4ref.formats import Scope
 from dsv4ref.kernels import peers
 from dsv4ref.kernels.peers.agreement import check_agreement
-from dsv4ref.kernels.sparse_mla import SplitScratch, hopper_decode, merge_scopes, sparse_mla_decode, split_decode
+from dsv4ref.kernels.sparse_mla import (
+    SplitScratch,
+    hopper_decode,
+    hopper_prefill,
+    merge_scopes,
+    sparse_mla_decode,
+    split_decode,
+)
+from dsv4ref.kernels.sparse_mla.prefill import Path as PrefillPath
 from dsv4ref.kernels.sparse_mla.prefill import sparse_mla_prefill
 from dsv4ref.kernels.sparse_mla.splits import MAX_SPLITS, SHAPES, machine_of, staged_bytes
 from dsv4ref.optimizations import decode_inputs, decode_model, prefill_inputs, split_model
@@ -36,10 +44,14 @@ from dsv4ref.optimizations.prefill_inputs import Workspace, prompt_case
 from dsv4ref.optimizations.report import PEER_PREFIX
 from dsv4ref.ref.sparse_attention import sparse_attention_plain, sparse_attention_ref
 
-__all__ = ["HOPPER", "OPTIMIZATION", "SplitInputs", "parts_of"]
+__all__ = ["BF16_KEYS", "HOPPER", "HOPPER_BF16_KEYS", "OPTIMIZATION", "SplitInputs", "parts_of"]
 
 HOPPER = "gluon"
 """The variant that Hopper's own kernel is timed as, and the prefix of its outputs in the gate."""
+BF16_KEYS = "bf16 keys"
+"""The variant that the portable prefill over a prompt's workspace is timed as."""
+HOPPER_BF16_KEYS = f"{BF16_KEYS}, {HOPPER}"
+"""The variant that Hopper's own prefill over the same workspace is timed as."""
 
 plan_for = functools.partial(split_decode.plan_for, path="triton")
 split_k_decode = functools.partial(split_decode.split_k_decode, path="triton")
@@ -98,7 +110,7 @@ def _baseline(inputs: SplitInputs) -> dict[str, Tensor]:
 def _on_hopper(inputs: SplitInputs) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
     """These inputs' call of Hopper's kernel; None where it does not exist or does not take them."""
     step = inputs.step
-    if hopper_decode.refusal(step.q.device, step.swa, step.extra, None) is not None:
+    if hopper_decode.refusal(step.q, step.swa, step.extra, None) is not None:
         return None
     return functools.partial(
         split_decode.split_k_decode, step.q, step.swa, step.extra, sink=inputs.sink, scale=step.scale,
@@ -157,7 +169,7 @@ def _timed_on_hopper(inputs: SplitInputs, out: Tensor) -> dict[str, Callable[[],
 
 
 def _timed_prompt(inputs: SplitInputs, workspace: Workspace) -> Mapping[str, Callable[[], object]]:
-    """The two decodes over the FP8 caches, and the prefill over the same keys in bf16.
+    """The two decodes over the FP8 caches, and the prefill over the same keys in bf16, on each path that exists.
 
     The workspace's own making is in no variant's time.
     """
@@ -169,15 +181,18 @@ def _timed_prompt(inputs: SplitInputs, workspace: Workspace) -> Mapping[str, Cal
     def from_caches() -> Tensor:
         return split_k_decode(q, swa, extra, sink=sink, scale=scale, out=out, splits=inputs.splits)[0]
 
-    def from_workspace() -> Tensor:
-        return sparse_mla_prefill(q, workspace.kv, workspace.indices, sink=sink, scale=scale, out=out)[0]
+    def from_workspace(path: PrefillPath) -> Tensor:
+        return sparse_mla_prefill(q, workspace.kv, workspace.indices, sink=sink, scale=scale, out=out, path=path)[0]
 
     variants: dict[str, Callable[[], object]] = {
         "baseline": lambda: sparse_mla_decode(q, swa, extra, sink=sink, scale=scale, out=out),
         "optimized": from_caches,
-        "bf16 keys": from_workspace,
+        BF16_KEYS: functools.partial(from_workspace, "triton"),
     }
-    check_agreement(from_workspace().clone(), from_caches())
+    check_agreement(from_workspace("triton").clone(), from_caches())
+    if hopper_prefill.refusal(q, workspace.kv, None) is None:
+        check_agreement(from_workspace("gluon").clone(), from_caches())
+        variants[HOPPER_BF16_KEYS] = functools.partial(from_workspace, "gluon")
     peer = peers.flashmla_prefill(
         q, workspace.kv, workspace.indices, sink=sink, scale=scale, out=torch.empty_like(q), ours=from_caches
     )
@@ -363,7 +378,10 @@ _PROMPTS = tuple(
             about="a prompt's last 4,096 tokens of 262,144, one query row each",
         )
     )
-    for name, heads, topk in (("flash-prompt", 64, 512), ("pro-prompt", 128, 1024))
+    for name, heads, topk in (
+        ("flash-prompt", 64, 512), ("prompt-64-1024", 64, 1024), ("prompt-128-512", 128, 512),
+        ("pro-prompt", 128, 1024),
+    )
 )  # fmt: skip
 _CASES = (
     _case(_ODD["tiny"], 2, about="V4-Flash at TP8: 8 heads, two splits"),
@@ -493,7 +511,11 @@ OPTIMIZATION = Optimization(
     measured_modules=(
         *decode_model.MEASURED_MODULES,
         "dsv4ref.kernels.sparse_mla.hopper_decode",
+        "dsv4ref.kernels.sparse_mla.hopper_fill",
         "dsv4ref.kernels.sparse_mla.hopper_kernel",
+        "dsv4ref.kernels.sparse_mla.hopper_prefill",
+        "dsv4ref.kernels.sparse_mla.hopper_prefill_kernel",
+        "dsv4ref.kernels.sparse_mla.hopper_roles",
         "dsv4ref.kernels.sparse_mla.merge",
         "dsv4ref.kernels.sparse_mla.prefill",
         "dsv4ref.kernels.sparse_mla.split_decode",

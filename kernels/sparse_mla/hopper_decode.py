@@ -18,7 +18,6 @@ import functools
 import importlib
 from types import ModuleType
 
-import torch
 import triton
 from torch import Tensor
 
@@ -44,6 +43,8 @@ ARCH = "sm_90"
 TILE = LaunchShape(64, 64, 4)
 """Heads and keys of one step, and the warps of the partition that leads; four more follow, and four fill."""
 
+_ALIGNMENT = 16  # elements: one copy moves 16 bytes, and Triton knows strides by multiples of 16
+
 # Round figures of one tile and of one piece on H200; a plan orders split counts by them, and promises no time.
 _STEP_US = 3.9
 _PIECE_US = 5.0
@@ -54,17 +55,16 @@ _FEWEST_HEADS = 8
 _ROWS_OF_A_SLICE = 64
 
 
-def refusal(where: torch.device, swa: Scope, extra: Scope | None, launch: LaunchShape | None) -> str | None:
+def refusal(q: Tensor, swa: Scope, extra: Scope | None, launch: LaunchShape | None) -> str | None:
     """Why this path cannot take a call; None if it can.
 
     Args:
-        where: the tensors' device.
-        swa, extra, launch: as `split_k_decode`.
+        q, swa, extra, launch: as `split_k_decode`.
 
     Raises:
         ValueError: as `codes.architecture`.
     """
-    arch = architecture(where)
+    arch = architecture(q.device)
     if arch != ARCH:
         return f"that kernel is for {ARCH}, and this is {arch}"
     if launch is not None:
@@ -72,6 +72,8 @@ def refusal(where: torch.device, swa: Scope, extra: Scope | None, launch: Launch
     for name, scope in (("swa", swa), ("extra", extra)):
         if scope is not None and scope.cache.dialect is not Dialect.FN:
             return f"{name}'s cache is {scope.cache.dialect.value}, and it reads {Dialect.FN.value} only"
+    if q.data_ptr() % _ALIGNMENT or any(stride % _ALIGNMENT for stride in q.stride()[:2]):
+        return f"q lies at {q.data_ptr():#x} with strides {q.stride()}, and it copies 16 bytes at a time"
     return _gluon_is_missing()
 
 
@@ -193,7 +195,7 @@ def launch_partials(
         HAS_SINK=finish and sink is not None,
         HAS_LSE=finish and lse is not None,
         HAS_ROPE=turned is not None,
-        FOLLOW_REGISTERS=module.FOLLOW_REGISTERS,
+        SUM_REGISTERS=module.SUM_REGISTERS,
         FILL_REGISTERS=module.FILL_REGISTERS,
         num_warps=module.WARPS,
     )

@@ -1,11 +1,12 @@
-"""The Gluon kernel behind `hopper_decode`: pieces of work of 64 heads of a row and split, warps in three roles.
+"""The Gluon kernel behind `hopper_decode`: pieces of work of 64 heads of a row and split, warps in four roles.
 
 Two places for key tiles in shared memory stand between the roles, each with a "full" and an "empty" mbarrier::
 
-    fill     4 warps: slots, addresses and scales two tiles ahead, raw bytes in registers one ahead; codes to bf16 with
-             integer moves and packed multiplies; bf16 [64, 512] into the place that is empty
-    lead     4 warps: S = Q K^T (wgmma), online softmax in base 2, P to shared memory, O += P K for dims 0..255
-    follow   4 warps: O += P K for dims 256..511; they ask the L2 for the next piece's queries
+    fill     4 warps: FILLDOC
+    score    4 warps: S = Q K^T (wgmma), online softmax in base 2, P to shared memory; after a piece's last product they
+             ask for the next piece's queries (cp.async)
+    low      4 warps: O += P K for dims 0..255
+    high     4 warps: O += P K for dims 256..511; they ask the L2 for the queries of the piece after
 
 What a row, a split, an invalid slot and an empty list mean is what `split_decode` says; so are the parts and LSEs that
 several splits leave for its reduce kernel.
@@ -19,60 +20,38 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-__all__ = ["FILL_REGISTERS", "FOLLOW_REGISTERS", "WARPS"]
+from dsv4ref.kernels.sparse_mla.hopper_fill import _fill, _line_of
+from dsv4ref.kernels.sparse_mla.hopper_roles import (
+    _HALF,
+    _HEADS,
+    _KEYS,
+    _LN_2,
+    _LOWEST,
+    _SCORES,
+    _SUMS,
+    _TILE,
+    WARPS,
+    _place,
+    _weigh,
+    _with_sink,
+    _write_half,
+)
 
-WARPS = 4
-FOLLOW_REGISTERS = 160
-FILL_REGISTERS = 144
+__all__ = ["FILL_REGISTERS", "SUM_REGISTERS", "WARPS"]
 
-_HEADS = gl.constexpr(64)
-_KEYS = gl.constexpr(64)
-_HALF = gl.constexpr(256)
-_NOPE = gl.constexpr(448)
-_ROPE = gl.constexpr(64)
-_SCALE_SLOTS = gl.constexpr(8)
-_ROW_BYTES = gl.constexpr(576)
-_LOWEST = gl.constexpr(-1.0e30)
-_LOG2_E = gl.constexpr(1.4426950408889634)
-_LN_2 = gl.constexpr(0.6931471805599453)
+# A warp group of each role shares 512 registers a thread; what these leave is the scoring role's.
+SUM_REGISTERS = 160
+FILL_REGISTERS = 104
 
-_FILL = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
-_ASK_LINES = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
-_SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-_OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 _COPY = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
-_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-_WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
-
-
-def _decode_asm() -> str:
-    """PTX: 16 e4m3fn codes (4 words) times a power of two to 16 bf16 (8 words), exactly; a NaN code makes all 16 NaN.
-
-    Sign and seven bits of a code, moved to bits 15 and 10..4, are a bf16 of the value times 2^-120. Two packed
-    multiplies, by 2^120 and by the scale, are exact wherever the result is a bf16: one by their product would overflow
-    for scales from 2^8.
-    """
-    lines = ["{", ".reg .b32 a, t, n, m, f;", ".reg .pred p;", "mov.b32 m, 0x7B807B80;", "mov.b32 n, 0;"]
-    for word in range(8, 12):
-        lines += [f"and.b32 t, ${word}, 0x7F7F7F7F;", "add.u32 t, t, 0x01010101;", "or.b32 n, n, t;"]
-    lines += ["and.b32 n, n, 0x80808080;", "setp.ne.b32 p, n, 0;", "selp.b32 f, 0x7FC07FC0, $12, p;"]
-    for i in range(4):
-        for j, selector in enumerate(("0x1404", "0x3424")):  # codes 0 and 1, codes 2 and 3, each in a high byte
-            lines += [
-                f"prmt.b32 a, ${8 + i}, 0, {selector};",
-                "shr.u32 t, a, 4;",
-                "and.b32 t, t, 0x07F007F0;",
-                "lop3.b32 a, a, 0x80008000, t, 0xEA;",
-                "mul.rn.bf16x2 a, a, m;",
-                f"mul.rn.bf16x2 ${4 * j + i}, a, f;",
-            ]
-    return "\n".join([*lines, "}"])
+_ASK_LINES = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
 
 
 def _ask_asm(instruction: str) -> str:
@@ -81,334 +60,19 @@ def _ask_asm(instruction: str) -> str:
 
 
 _ASK_LINE = gl.constexpr(_ask_asm("prefetch.global.L2 [$1]"))
-_DECODE = gl.constexpr(_decode_asm())
-_DECODE_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
 
 
 @gluon.jit
-def _list_of(indptr, row, capacity):
-    """Where a row's list begins, and how many slots it has."""
-    begin = gl.load(indptr + row)
-    end = gl.minimum(gl.load(indptr + row + 1), capacity)
-    return begin, gl.maximum(end - begin, 0)
-
-
-@gluon.jit
-def _place(item, sizes):
-    """Head block, row and split of a piece of work; the head blocks of a row, which share its keys, are neighbours."""
-    _, num_rows, num_heads, _ = sizes
-    blocks = (num_heads + _HEADS - 1) // _HEADS
-    rest = item // blocks
-    return item % blocks, (rest % num_rows).to(gl.int64), rest // num_rows
-
-
-@gluon.jit
-def _line_of(item, sizes, swa, extra, HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr):
-    """A piece's tiles, first to last, of the line of tiles that both lists of its row make; where the lists lie."""
-    _, row, split = _place(item, sizes)
-    swa_begin, swa_length = _list_of(swa[2], row, swa[3])
-    swa_tiles = (swa_length + _KEYS - 1) // _KEYS
-    extra_begin, extra_length = swa_begin, swa_length * 0
-    first, last = swa_tiles * 0, swa_tiles
-    if HAS_EXTRA:
-        extra_begin, extra_length = _list_of(extra[2], row, extra[3])
-        last += (extra_length + _KEYS - 1) // _KEYS
-    if SPLIT:
-        share = (last + sizes[3] - 1) // sizes[3]
-        first = gl.minimum(split * share, last)
-        last = gl.minimum(first + share, last)
-    return first, last, swa_tiles, swa_begin, swa_length, extra_begin, extra_length
-
-
-# --- the warps that fill ---
-
-
-@gluon.jit
-def _slots_at(indices, begin, length, tile):
-    """Slots of one tile of a list, -1 beyond its end."""
-    lanes = tile * _KEYS + gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _FILL))
-    return gl.load(indices + begin + lanes, mask=(lanes >= 0) & (lanes < length), other=-1)
-
-
-@gluon.jit
-def _slots_of(tile, line, swa, extra, HAS_EXTRA: gl.constexpr):
-    """Slots of a tile of the line; -1 past its last tile."""
-    _, last, swa_tiles, swa_begin, swa_length, extra_begin, extra_length = line
-    if HAS_EXTRA:
-        if tile < swa_tiles:
-            slots = _slots_at(swa[1], swa_begin, gl.where(tile < last, swa_length, 0), tile)
-        else:
-            slots = _slots_at(extra[1], extra_begin, gl.where(tile < last, extra_length, 0), tile - swa_tiles)
-    else:
-        slots = _slots_at(swa[1], swa_begin, gl.where(tile < last, swa_length, 0), tile)
-    return slots
-
-
-@gluon.jit
-def _addresses(scope, slots, BLOCK_SIZE: gl.constexpr):
-    """Pointers to a tile's rows, their eight scale bytes as one word, and which slots are valid."""
-    cache, _, _, _, num_rows, block_stride = scope
-    valid = (slots >= 0) & (slots < num_rows)
-    # int64 before the product: block * stride passes 2^31 in caches of a few GB (H26).
-    block = cache + (slots // BLOCK_SIZE).to(gl.int64) * block_stride
-    position = slots % BLOCK_SIZE
-    rows = (block + position * _ROW_BYTES).to(gl.pointer_type(gl.int32))
-    at = (block + (BLOCK_SIZE * _ROW_BYTES + position * _SCALE_SLOTS)).to(gl.pointer_type(gl.uint64))
-    return rows, gl.load(at, mask=valid, other=0x7F7F7F7F7F7F7F7F), valid
-
-
-@gluon.jit
-def _keys_of(
-    slots, tile, line, swa, extra, SWA_BLOCK: gl.constexpr, EXTRA_BLOCK: gl.constexpr, HAS_EXTRA: gl.constexpr
-):  # fmt: skip
-    """Where a tile's keys lie, with their scales and validity."""
-    if HAS_EXTRA:
-        if tile < line[2]:
-            rows, scales, valid = _addresses(swa, slots, SWA_BLOCK)
-        else:
-            rows, scales, valid = _addresses(extra, slots, EXTRA_BLOCK)
-    else:
-        rows, scales, valid = _addresses(swa, slots, SWA_BLOCK)
-    return rows, scales, valid
-
-
-@gluon.jit
-def _load_words(rows, valid, FIRST: gl.constexpr, COUNT: gl.constexpr):
-    """``COUNT`` words of each row; four at a time, so that a thread's load is 16 bytes."""
-    columns = FIRST + gl.arange(0, COUNT, layout=gl.SliceLayout(0, _FILL))
-    return gl.load(rows[:, None] + columns[None, :], mask=valid[:, None], other=0)
-
-
-@gluon.jit
-def _store_group(half, codes, scales, GROUP: gl.constexpr):
-    """Dequantise 64 codes of each key and put them into their half of a tile, two to a word."""
-    byte = (scales >> (8 * GROUP)).to(gl.int32) & 0xFF
-    bits = byte << 7
-    bits = gl.where(byte == 0, 0x0040, bits)
-    bits = gl.where(byte == 255, 0x7FC0, bits)
-    factor, codes = gl.broadcast((bits | (bits << 16))[:, None], codes)
-    low, high = gl.inline_asm_elementwise(
-        _DECODE, _DECODE_CONSTRAINTS, [codes, factor], dtype=(gl.int32, gl.int32), is_pure=True, pack=4
-    )  # fmt: skip
-    half.slice((GROUP % 4) * 32, 32, dim=1).store(gl.join(low, high).reshape([_KEYS, 32]))
-
-
-@gluon.jit
-def _load_rows(rows, valid):
-    """A tile's raw bytes: seven groups of 64 codes, and the rope dims."""
-    return (
-        _load_words(rows, valid, 0, 16),
-        _load_words(rows, valid, 16, 16),
-        _load_words(rows, valid, 32, 16),
-        _load_words(rows, valid, 48, 16),
-        _load_words(rows, valid, 64, 16),
-        _load_words(rows, valid, 80, 16),
-        _load_words(rows, valid, 96, 16),
-        _load_words(rows, valid, 112, 32),
-    )
-
-
-@gluon.jit
-def _fill(
-    keys, live, full, empty, sizes, swa, extra,
-    SWA_BLOCK: gl.constexpr, EXTRA_BLOCK: gl.constexpr, HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr,
-):  # fmt: skip
-    step = 0
-    for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
-        line = _line_of(item, sizes, swa, extra, HAS_EXTRA, SPLIT)
-        first, last = line[0], line[1]
-        slots = _slots_of(first, line, swa, extra, HAS_EXTRA)
-        next_slots = _slots_of(first + 1, line, swa, extra, HAS_EXTRA)
-        rows, scales, valid = _keys_of(slots, first, line, swa, extra, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA)
-        slots = _slots_of(first + 2, line, swa, extra, HAS_EXTRA)
-        raw = _load_rows(rows, valid)
-        next_rows, next_scales, next_valid = _keys_of(
-            next_slots, first + 1, line, swa, extra, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA
-        )  # fmt: skip
-        for tile in range(first, last):
-            # Asked for two tiles ahead, loaded one ahead: what is loaded has arrived in the L2, and slots in registers.
-            later_rows, later_scales, later_valid = _keys_of(
-                slots, tile + 2, line, swa, extra, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA
-            )  # fmt: skip
-            slots = _slots_of(tile + 3, line, swa, extra, HAS_EXTRA)
-            at = step % 2
-            mbarrier.wait(empty.index(at), ((step // 2) & 1) ^ 1)
-            low = keys.index(2 * at)._reinterpret(gl.int32, [_KEYS, _HALF // 2], _WORDS)
-            high = keys.index(2 * at + 1)._reinterpret(gl.int32, [_KEYS, _HALF // 2], _WORDS)
-            live.index(at).store(valid.to(gl.int32))
-            for group in gl.static_range(7):
-                _store_group(low if group < 4 else high, raw[group], scales, group)
-            high.slice(96, 32, dim=1).store(raw[7])
-            fence_async_shared()
-            mbarrier.arrive(full.index(at), count=1)
-            # Only now: the fence waits for every load that is still under way.
-            raw = _load_rows(next_rows, next_valid)
-            scales, valid = next_scales, next_valid
-            next_rows, next_scales, next_valid = later_rows, later_scales, later_valid
-            step += 1
-
-
-# --- the warps that multiply ---
-
-
-@gluon.jit
-def _columns_cut(x):
-    """The left and the right half of a tile's columns; both lie in the same thread."""
-    halves = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1))
-    return gl.split(halves)
-
-
-@gluon.jit
-def _store_columns(x, out_row, heads, num_heads, out_stride_h, FIRST: gl.constexpr):
-    layout: gl.constexpr = x.type.layout
-    rows = gl.convert_layout(heads, gl.SliceLayout(1, layout))
-    dims = FIRST + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
-    at = out_row + rows.to(gl.int64)[:, None] * out_stride_h + dims[None, :]
-    gl.store(at, x.to(gl.bfloat16), mask=(rows < num_heads)[:, None])
-
-
-@gluon.jit
-def _rotate_back(x, row, turning):
-    """a' = a cos + b sin, b' = b cos - a sin on the pairs of the rope dims x ``[64, 64]``, as `merge._rotate_back`."""
-    positions, cos, sin, cos_stride, sin_stride, num_positions = turning
-    a, b = gl.split(x.reshape([_HEADS, _ROPE // 2, 2]))
-    layout: gl.constexpr = a.type.layout
-    position = gl.load(positions + row)
-    known = (position >= 0) & (position < num_positions)
-    at = position.to(gl.int64)
-    pairs = gl.arange(0, _ROPE // 2, layout=gl.SliceLayout(0, layout))
-    # A position outside the tables shows: its rotated dims become NaN, and nothing is read.
-    c = gl.load(cos + at * cos_stride + pairs, mask=known, other=float("nan"))[None, :]
-    s = gl.load(sin + at * sin_stride + pairs, mask=known, other=float("nan"))[None, :]
-    # Zeros stay zeros, whatever the tables say: a padded row has neither keys nor a position.
-    turn = (a != 0.0) | (b != 0.0)
-    turned = gl.join(gl.where(turn, a * c + b * s, a), gl.where(turn, b * c - a * s, b))
-    return turned.reshape([_HEADS, _ROPE])
-
-
-@gluon.jit
-def _write_half(
-    output, share, targets, strides, turning, item, sizes,
-    HALF: gl.constexpr, SPLIT: gl.constexpr, HAS_ROPE: gl.constexpr,
-):  # fmt: skip
-    """One half of the dims of a piece's heads, scaled: to the output, or to the parts where a split saw a key."""
-    out, parts = targets
-    head_block, row, split = _place(item, sizes)
-    heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _OUTPUT))
-    output = output * share[:, None]
-    if SPLIT:
-        dims = HALF * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _OUTPUT))
-        place = (split.to(gl.int64) * sizes[1] + row) * sizes[2] + heads
-        # The share is -1 where nothing was seen; a NaN has been, and shows.
-        seen = (heads < sizes[2]) & ((share >= 0.0) | (share != share))
-        gl.store(parts + place[:, None] * (2 * _HALF) + dims[None, :], output, mask=seen[:, None])
-    else:
-        out_row = out + row * strides[0]
-        if HAS_ROPE and HALF == 1:
-            left, right = _columns_cut(output)
-            nope, rope = _columns_cut(right)
-            rope = _rotate_back(rope, row, turning)
-            _store_columns(left, out_row, heads, sizes[2], strides[1], 256)
-            _store_columns(nope, out_row, heads, sizes[2], strides[1], 384)
-            _store_columns(rope, out_row, heads, sizes[2], strides[1], 448)
-        else:
-            _store_columns(output, out_row, heads, sizes[2], strides[1], HALF * 256)
-
-
-@gluon.jit
-def _scores(query, keys, at):
-    """q . kv of one tile, still running: in two halves of the dims."""
-    zeros = gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES)
-    part = warpgroup_mma(query.index(0), keys.index(2 * at).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    return warpgroup_mma(query.index(1), keys.index(2 * at + 1).permute((1, 0)), part, is_async=True)
-
-
-@gluon.jit
-def _weigh(scores, live, row_max, row_sum, scale_log2, weights_tile, decays, ready):
-    """One tile of the online softmax, handed on: weights and what older sums are multiplied by."""
-    valid = live[None, :] != 0
-    scores = gl.where(valid, scores * scale_log2, _LOWEST)
-    new_max = gl.maximum(row_max, gl.max(scores, axis=1))
-    decay = gl.exp2(row_max - new_max)
-    # The explicit zero matters: in a row without any valid slot, scores == new_max and exp2 would give 1.
-    weights = gl.where(valid, gl.exp2(scores - new_max[:, None]), 0.0)
-    weights_tile.store(weights.to(gl.bfloat16))
-    decays.store(decay)
-    fence_async_shared()
-    mbarrier.arrive(ready, count=1)
-    return decay, new_max, row_sum * decay + gl.sum(weights, axis=1)
-
-
-@gluon.jit
-def _lead(
-    query, keys, weights_tiles, decays, shares, live, full, empty, ready, done, taken, sizes, swa, extra,
-    q, lse, sink, part_lses, targets, q_strides, out_strides, lse_strides, scale_log2,
-    HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr, HAS_SINK: gl.constexpr, HAS_LSE: gl.constexpr,
-):  # fmt: skip
-    per_row: gl.constexpr = gl.SliceLayout(1, _SCORES)
-    per_key: gl.constexpr = gl.SliceLayout(0, _SCORES)
-    _, num_rows, num_heads, _ = sizes
-    step = 0
-    turn = 0
-    for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
-        head_block, row, split = _place(item, sizes)
-        line = _line_of(item, sizes, swa, extra, HAS_EXTRA, SPLIT)
-        first, last = line[0], line[1]
-        copied = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _COPY))
-        dims = gl.arange(0, _HALF, layout=gl.SliceLayout(0, _COPY))
-        q_at = q + row * q_strides[0] + copied.to(gl.int64)[:, None] * q_strides[1] + dims[None, :]
-        low = gl.load(q_at, mask=(copied < num_heads)[:, None], other=0.0)
-        high = gl.load(q_at + _HALF, mask=(copied < num_heads)[:, None], other=0.0)
-        query.index(0).store(low)
-        query.index(1).store(high)
-        fence_async_shared()
-
-        output = gl.zeros([_HEADS, _HALF], gl.float32, layout=_OUTPUT)
-        row_max = gl.full([_HEADS], _LOWEST, gl.float32, layout=per_row)
-        row_sum = gl.zeros([_HEADS], gl.float32, layout=per_row)
-        for _ in range(first, last):
-            at = step % 2
-            mbarrier.wait(full.index(at), (step // 2) & 1)
-            scores = _scores(query, keys, at)
-            valid = live.index(at).load(per_key)
-            scores = warpgroup_mma_wait(0, deps=[scores])
-            decay, row_max, row_sum = _weigh(
-                scores, valid, row_max, row_sum, scale_log2, weights_tiles.index(at), decays.index(at), ready.index(at)
-            )  # fmt: skip
-            output = output * gl.convert_layout(decay, gl.SliceLayout(1, _OUTPUT))[:, None]
-            # At once: the tile is given back as soon as it can be, and the next one is being filled meanwhile.
-            output = warpgroup_mma(weights_tiles.index(at), keys.index(2 * at), output, is_async=True)
-            output = warpgroup_mma_wait(0, deps=[output])
-            mbarrier.arrive(empty.index(at), count=1)
-            step += 1
-
-        heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=per_row)
-        wide = heads.to(gl.int64)
-        unseen = row_sum == 0.0
-        value = gl.where(unseen, float("-inf"), (row_max + gl.log2(row_sum)) * _LN_2)
-        share = gl.where(unseen, 0.0, 1.0 / row_sum)
-        if SPLIT:
-            place = (split.to(gl.int64) * num_rows + row) * num_heads
-            gl.store(part_lses + place + wide, value, mask=heads < num_heads)
-            share = gl.where(unseen, -1.0, share)
-        else:
-            if HAS_LSE:
-                gl.store(lse + row * lse_strides[0] + wide * lse_strides[1], value, mask=heads < num_heads)
-            if HAS_SINK:
-                # l' = l * exp(m - m') + exp(sink - m'), o = acc * exp(m - m') / l'
-                sink_log2 = gl.load(sink + heads, mask=heads < num_heads, other=float("-inf")) * _LOG2_E
-                new_max = gl.maximum(row_max, sink_log2)
-                decay = gl.exp2(row_max - new_max)
-                # A sink of +inf takes all the weight: the row is zero. inf - inf would make it NaN.
-                absorbed = sink_log2 == float("inf")
-                total = row_sum * decay + gl.where(absorbed, 1.0, gl.exp2(sink_log2 - new_max))
-                share = gl.where(total == 0.0, 0.0, decay / total)
-        mbarrier.wait(taken, 1 - turn)
-        shares.store(share)
-        mbarrier.arrive(done, count=1)
-        share = gl.convert_layout(share, gl.SliceLayout(1, _OUTPUT))
-        _write_half(output, share, targets, out_strides, (), item, sizes, 0, SPLIT, False)
-        turn = 1 - turn
+def _copy_queries(query, q, q_strides, item, sizes):
+    """Begin to copy a piece's queries into shared memory; heads that do not exist, and pieces, arrive as zeros."""
+    head_block, row, _ = _place(item, sizes)
+    heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _COPY))
+    dims = gl.arange(0, _HALF, layout=gl.SliceLayout(0, _COPY))
+    at = q + row * q_strides[0] + heads.to(gl.int64)[:, None] * q_strides[1] + dims[None, :]
+    there = ((heads < sizes[2]) & (item < sizes[0]))[:, None]
+    async_copy.async_copy_global_to_shared(query.index(0), at, mask=there)
+    async_copy.async_copy_global_to_shared(query.index(1), at + _HALF, mask=there)
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -423,32 +87,87 @@ def _ask_queries(q, q_strides, item, sizes):
 
 
 @gluon.jit
-def _follow(
-    keys, weights_tiles, decays, shares, full, empty, ready, done, taken, sizes, swa, extra,
-    q, q_strides, targets, out_strides, turning,
-    HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr, HAS_ROPE: gl.constexpr,
+def _score(
+    query, keys, weights_tiles, decays, shares, live, full, ready, done, taken, sizes, swa, extra,
+    q, q_strides, lse, sink, part_lses, lse_strides, scale_log2,
+    HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr, HAS_SINK: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
-    per_row: gl.constexpr = gl.SliceLayout(1, _OUTPUT)
+    per_row: gl.constexpr = gl.SliceLayout(1, _SCORES)
+    per_key: gl.constexpr = gl.SliceLayout(0, _SCORES)
+    _, num_rows, num_heads, _ = sizes
+    step = 0
+    turn = 0
+    _copy_queries(query, q, q_strides, gl.program_id(0), sizes)
+    for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
+        head_block, row, split = _place(item, sizes)
+        line = _line_of(item, sizes, swa, extra, HAS_EXTRA, SPLIT)
+        first, last = line[0], line[1]
+        row_max = gl.full([_HEADS], _LOWEST, gl.float32, layout=per_row)
+        row_sum = gl.zeros([_HEADS], gl.float32, layout=per_row)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        for _ in range(first, last):
+            at = step % 2
+            mbarrier.wait(full.index(at), (step // 2) & 1)
+            valid = live.index(at).load(per_key)[None, :] != 0
+            scores = gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES)
+            scores = warpgroup_mma(
+                query.index(0), keys.index(2 * at).permute((1, 0)), scores, use_acc=False, is_async=True
+            )
+            scores = warpgroup_mma(query.index(1), keys.index(2 * at + 1).permute((1, 0)), scores, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            row_max, row_sum = _weigh(
+                scores, valid, row_max, row_sum, scale_log2, weights_tiles.index(at), decays.index(at), ready.index(at)
+            )  # fmt: skip
+            step += 1
+        _copy_queries(query, q, q_strides, item + gl.num_programs(0), sizes)
+
+        heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=per_row)
+        wide = heads.to(gl.int64)
+        unseen = row_sum == 0.0
+        value = gl.where(unseen, float("-inf"), (row_max + gl.log2(row_sum)) * _LN_2)
+        share = gl.where(unseen, 0.0, 1.0 / row_sum)
+        if SPLIT:
+            place = (split.to(gl.int64) * num_rows + row) * num_heads
+            gl.store(part_lses + place + wide, value, mask=heads < num_heads)
+            share = gl.where(unseen, -1.0, share)
+        else:
+            if HAS_LSE:
+                gl.store(lse + row * lse_strides[0] + wide * lse_strides[1], value, mask=heads < num_heads)
+            if HAS_SINK:
+                share = _with_sink(row_max, row_sum, sink, heads, num_heads)
+        mbarrier.wait(taken, 1 - turn)
+        shares.store(share)
+        mbarrier.arrive(done, count=1)
+        turn = 1 - turn
+
+
+@gluon.jit
+def _sum(
+    keys, weights_tiles, decays, shares, empty, ready, done, taken, sizes, swa, extra,
+    q, q_strides, targets, out_strides, turning,
+    HALF: gl.constexpr, HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr, HAS_ROPE: gl.constexpr,
+):  # fmt: skip
+    per_row: gl.constexpr = gl.SliceLayout(1, _SUMS)
     step = 0
     turn = 0
     for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
         line = _line_of(item, sizes, swa, extra, HAS_EXTRA, SPLIT)
-        _ask_queries(q, q_strides, item + gl.num_programs(0), sizes)
-        output = gl.zeros([_HEADS, _HALF], gl.float32, layout=_OUTPUT)
+        if HALF == 1:
+            _ask_queries(q, q_strides, item + gl.num_programs(0), sizes)
+        output = gl.zeros([_HEADS, _HALF], gl.float32, layout=_SUMS)
         for _ in range(line[0], line[1]):
             at = step % 2
-            phase = (step // 2) & 1
-            mbarrier.wait(full.index(at), phase)
-            mbarrier.wait(ready.index(at), phase)
+            mbarrier.wait(ready.index(at), (step // 2) & 1)  # the scores were there: so was the tile
             output = output * decays.index(at).load(per_row)[:, None]
-            output = warpgroup_mma(weights_tiles.index(at), keys.index(2 * at + 1), output, is_async=True)
+            output = warpgroup_mma(weights_tiles.index(at), keys.index(2 * at + HALF), output, is_async=True)
             output = warpgroup_mma_wait(0, deps=[output])
             mbarrier.arrive(empty.index(at), count=1)
             step += 1
         mbarrier.wait(done, turn)
         share = shares.load(per_row)
         mbarrier.arrive(taken, count=1)
-        _write_half(output, share, targets, out_strides, turning, item, sizes, 1, SPLIT, HAS_ROPE)
+        _write_half(output, share, targets, out_strides, turning, item, sizes, HALF, SPLIT, HAS_ROPE)
         turn = 1 - turn
 
 
@@ -495,7 +214,7 @@ def _hopper_decode_kernel(
     HAS_SINK: gl.constexpr,
     HAS_LSE: gl.constexpr,
     HAS_ROPE: gl.constexpr,
-    FOLLOW_REGISTERS: gl.constexpr,
+    SUM_REGISTERS: gl.constexpr,
     FILL_REGISTERS: gl.constexpr,
 ):
     items = (num_heads + _HEADS - 1) // _HEADS * num_rows * num_splits
@@ -524,26 +243,31 @@ def _hopper_decode_kernel(
         mbarrier.init(empty.index(i), count=2)
         mbarrier.init(ready.index(i), count=1)
     mbarrier.init(done, count=1)
-    mbarrier.init(taken, count=1)
+    mbarrier.init(taken, count=2)
     fence_async_shared()
 
     gl.warp_specialize(
         [
-            (_lead, (
-                query, keys, weights_tiles, decays, shares, live, full, empty, ready, done, taken, sizes, swa, extra,
-                q, lse, sink, part_lses, targets, q_strides, out_strides, lse_strides, scale_log2,
+            (_score, (
+                query, keys, weights_tiles, decays, shares, live, full, ready, done, taken, sizes, swa, extra,
+                q, q_strides, lse, sink, part_lses, lse_strides, scale_log2,
                 HAS_EXTRA, SPLIT, HAS_SINK, HAS_LSE,
             )),
-            (_follow, (
-                keys, weights_tiles, decays, shares, full, empty, ready, done, taken, sizes, swa, extra,
+            (_sum, (
+                keys, weights_tiles, decays, shares, empty, ready, done, taken, sizes, swa, extra,
                 q, q_strides, targets, out_strides, turning,
-                HAS_EXTRA, SPLIT, HAS_ROPE,
+                0, HAS_EXTRA, SPLIT, HAS_ROPE,
+            )),
+            (_sum, (
+                keys, weights_tiles, decays, shares, empty, ready, done, taken, sizes, swa, extra,
+                q, q_strides, targets, out_strides, turning,
+                1, HAS_EXTRA, SPLIT, HAS_ROPE,
             )),
             (_fill, (
                 keys, live, full, empty, sizes, swa, extra,
                 SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA, SPLIT,
             )),
         ],
-        [4, 4],
-        [FOLLOW_REGISTERS, FILL_REGISTERS],
+        [4, 4, 4],
+        [SUM_REGISTERS, SUM_REGISTERS, FILL_REGISTERS],
     )  # fmt: skip

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
 import triton
@@ -37,11 +38,14 @@ from dsv4ref import diagnostics
 from dsv4ref.formats.kv_cache import HEAD_DIM
 from dsv4ref.kernels import checks
 from dsv4ref.kernels.codes import architecture
+from dsv4ref.kernels.sparse_mla import hopper_prefill
 from dsv4ref.kernels.sparse_mla.decode import _check_output
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape, Rule, choose
 from dsv4ref.kernels.sparse_mla.merge import QueryRotation, _rotate_back
 
-__all__ = ["PREFILL_SELECTION", "select_prefill_launch", "sparse_mla_prefill"]
+__all__ = ["PREFILL_SELECTION", "Path", "select_prefill_launch", "sparse_mla_prefill"]
+
+Path = Literal["auto", "triton", "gluon"]
 
 _LOG2_E = math.log2(math.e)
 _WARPGROUP_ROWS = 64  # the least rows that Hopper's warpgroup product takes
@@ -229,6 +233,7 @@ def sparse_mla_prefill(
     lse: Tensor | None = None,
     return_lse: bool = False,
     launch: LaunchShape | None = None,
+    path: Path = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Prefill attention of T query rows over listed rows of a bf16 workspace, one kernel launch.
 
@@ -250,12 +255,15 @@ def sparse_mla_prefill(
         lse: fp32 ``[T, H]`` to write the natural-log LSE (without the sink) into; implies `return_lse`.
         return_lse: allocate and return the LSE. Empty rows give -inf.
         launch: tile and warps; `select_prefill_launch` from H if None.
+        path: "triton" for the portable kernel, "gluon" for Hopper's (sm_90, aligned ``q`` and ``kv``, no ``launch``:
+            its tile is fixed), "auto" for Hopper's where it takes the call and `hopper_prefill.FEWEST_HEADS` are there.
 
     Returns:
         (out, lse or None).
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, stride or device, or an output that overlaps an input.
+        TypeError, ValueError: a wrong dtype, shape, stride or device, an output that overlaps an input; a path that is
+            none, or "gluon" where it does not exist.
     """
     inputs = _check_inputs(q, kv, indices, lengths, sink, scale) | _rotation_memory(rotation, q)
     num_rows, num_heads, _ = q.shape
@@ -269,13 +277,19 @@ def sparse_mla_prefill(
         lse = torch.empty((num_rows, num_heads), dtype=torch.float32, device=q.device)
     if launch is not None and not isinstance(launch, LaunchShape):
         raise TypeError(f"launch: got {type(launch).__name__}, expected a LaunchShape")
+    taken = _path_for(q, kv, launch, path)
     arch = architecture(q.device)
-    launch = launch or select_prefill_launch(arch, num_heads)
+    launch = launch or (hopper_prefill.TILE if taken == "gluon" else select_prefill_launch(arch, num_heads))
     diagnostics.record(
         "sparse_mla_prefill", q=q, kv=kv, out=out, width=int(indices.shape[1]), lengths=lengths is not None,
-        rotation=rotation is not None, launch=str(launch),
+        rotation=rotation is not None, launch=str(launch), path=taken,
     )  # fmt: skip
     if num_rows == 0:
+        return out, lse
+    if taken == "gluon":
+        hopper_prefill.launch_prefill(
+            q, kv, indices, lengths=lengths, sink=sink, rotation=rotation, scale_log2=scale * _LOG2_E, out=out, lse=lse
+        )
         return out, lse
 
     grid = (triton.cdiv(num_heads, launch.block_h), num_rows)
@@ -316,6 +330,18 @@ def sparse_mla_prefill(
         num_stages=launch.num_stages,
     )
     return out, lse
+
+
+def _path_for(q: Tensor, kv: Tensor, launch: LaunchShape | None, path: str) -> str:
+    """Which kernel takes a call: "triton" or "gluon"."""
+    if path not in get_args(Path):
+        raise ValueError(f"path: got {path!r}, expected one of {', '.join(map(repr, get_args(Path)))}")
+    reason = hopper_prefill.refusal(q, kv, launch) if path != "triton" else None
+    if path == "gluon" and reason is not None:
+        raise ValueError(f"path: got 'gluon', but {reason}")
+    if path == "triton" or reason is not None:
+        return "triton"
+    return "gluon" if path == "gluon" or q.shape[1] >= hopper_prefill.FEWEST_HEADS else "triton"
 
 
 def _check_inputs(

@@ -369,7 +369,7 @@ def plan_for(
         raise ValueError(f"path: got {path!r}, expected one of {', '.join(map(repr, get_args(Path)))}")
     machine = machine_of(q.device)
     size = (q.shape[0], q.shape[1], swa.width, extra.width if extra is not None else 0)
-    reason = hopper_decode.refusal(q.device, swa, extra, launch)
+    reason = hopper_decode.refusal(q, swa, extra, launch)
     if path == "gluon" and reason is not None:
         raise ValueError(f"path: got 'gluon', but {reason}")
     if path != "triton" and reason is None and machine is not None:

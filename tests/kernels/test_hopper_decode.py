@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from dsv4ref.formats import kv_cache
 from dsv4ref.kernels.sparse_mla import LaunchShape, QueryRotation, hopper_decode, plan_for, split_k_decode
 from dsv4ref.kernels.sparse_mla.splits import MAX_SPLITS, Machine
 from dsv4ref.optimizations import split_k_decode as chapter
+from dsv4ref.optimizations.base import verify
 from dsv4ref.ref.rope import frequencies, rotate_back_ref
 from dsv4ref.ref.sparse_attention import sparse_attention_plain, sparse_attention_ref
 
@@ -32,7 +35,7 @@ CHILD = Path(__file__).with_name("hopper_ptx.py")
 SPILL_LIMIT = 160
 REGISTERS_OF_A_SM = 65_536
 SHARED_OF_A_BLOCK = 232_448
-THREADS = 3 * 128
+THREADS = 4 * 128
 
 
 @functools.cache
@@ -71,16 +74,19 @@ def test_a_path_that_is_none_is_refused(build: Builder) -> None:
         split_k_decode(call.q, call.swa, call.extra, path="cuda")  # type: ignore[arg-type]
 
 
-def test_what_it_does_not_take_is_said(build: Builder, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_does_not_take_is_said(build: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_decode, "architecture", lambda where: "sm_90")
-    where = torch.device(device)
     call = build.small(rows=1)
     mixed = build.small(rows=1, dialects=("e4m3fn", "e4m3fnuz"))
-    assert hopper_decode.refusal(where, call.swa, call.extra, None) is None
-    said = hopper_decode.refusal(where, mixed.swa, mixed.extra, None)
+    assert hopper_decode.refusal(call.q, call.swa, call.extra, None) is None
+    said = hopper_decode.refusal(mixed.q, mixed.swa, mixed.extra, None)
     assert said == "extra's cache is e4m3fnuz, and it reads e4m3fn only"
-    said = hopper_decode.refusal(where, call.swa, call.extra, LaunchShape(16, 16, 4))
+    said = hopper_decode.refusal(call.q, call.swa, call.extra, LaunchShape(16, 16, 4))
     assert said == "its tile is fixed, and launch asks for 16x16 w4 s1"
+    askew = torch.zeros((1, 64, 520), dtype=torch.bfloat16, device=call.q.device)[:, :, :512]
+    said = hopper_decode.refusal(askew, call.swa, call.extra, None)
+    assert said is not None
+    assert said.endswith("with strides (33280, 520, 1), and it copies 16 bytes at a time")
 
 
 @pytest.mark.parametrize("heads", [64, 128])
@@ -243,3 +249,36 @@ def test_a_nan_code_and_a_nan_scale_show(build: Builder, device: str) -> None:
 def test_the_chapters_gate_compares_it(case: str) -> None:
     inputs = chapter.OPTIMIZATION.make_inputs(chapter.OPTIMIZATION.case(case), "cuda", 0)
     assert f"{chapter.HOPPER} out" in chapter.OPTIMIZATION.optimized(inputs)
+
+
+PLANTED = {
+    "a scale of the neighbouring group": ("hopper_fill", "(_FACTOR_0,", "(_FACTOR_1,"),
+    "a tile's last key dropped": ("hopper_fill", "(lanes < length)", "(lanes < length) & (lanes % _KEYS != _KEYS - 1)"),
+    "older sums do not decay": ("hopper_kernel", "output * decays.index(at).load(per_row)[:, None]", "output"),
+}
+
+
+def planted(bug: str, folder: Path) -> ModuleType:
+    """The kernel's module with a bug in its source, or in that of its fill, under names of their own."""
+    package = hopper_decode.__name__.rpartition(".")[0]
+    where, right, wrong = PLANTED[bug]
+    for name in ("hopper_fill", "hopper_kernel"):
+        source = (Path(hopper_decode.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        if name == where:
+            assert source.count(right) == 1, f"{name}: {right!r} stands there {source.count(right)} times"
+            source = source.replace(right, wrong)
+        source = source.replace(f"from {package}.hopper_fill import", "from planted_fill import")
+        (folder / f"{name.replace('hopper', 'planted')}.py").write_text(source, encoding="utf-8")
+    return importlib.import_module("planted_kernel")
+
+
+@needs_sm_90
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_turns_the_chapters_gate_red(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("planted_fill", "planted_kernel"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module = planted(bug, tmp_path)
+    monkeypatch.setattr(hopper_decode, "_kernel_module", lambda: module)
+    verdict = verify(chapter.OPTIMIZATION, "tiny-ragged", device="cuda", seed=0)
+    assert not verdict.passed, f"{bug}: {verdict.detail}"
