@@ -94,7 +94,8 @@ class Profile:
     the most that an SM can hold. Percentages are of a unit's peak, `l2_hit_percent` of the L2's sectors.
     `store_conflicts` of the `store_wavefronts` come from bank conflicts of stores to shared memory. `stalls` are cycles
     per reason that a warp waits for one issued instruction, the cycle of issue among them as "selected";
-    `cycles_per_instruction` is their sum as another replay counted it. `tool_version` is ncu's. The other fields are those of a `records.Record`.
+    `cycles_per_instruction` is their sum as another replay counted it. `tool_version` is ncu's. The other fields are
+    those of a `records.Record`.
 
     Raises: ValueError or TypeError naming the field, what it holds and what is expected.
     """
