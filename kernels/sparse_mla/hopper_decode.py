@@ -195,7 +195,7 @@ def launch_partials(
         HAS_SINK=finish and sink is not None,
         HAS_LSE=finish and lse is not None,
         HAS_ROPE=turned is not None,
-        SUM_REGISTERS=module.SUM_REGISTERS,
+        FOLLOW_REGISTERS=module.FOLLOW_REGISTERS,
         FILL_REGISTERS=module.FILL_REGISTERS,
         num_warps=module.WARPS,
     )

@@ -1,8 +1,9 @@
 """The warps that fill key tiles in Hopper's decode: gather rows of the FP8 cache, dequantise them, store bf16.
 
-A tile is 64 keys. A thread has 16 codes of each group of 64 for two of them: in registers from one tile's end, where
-the loads are issued, to the next tile, where the place in shared memory is empty. Rope dims need no arithmetic: they
-are copied there (cp.async) while the codes are decoded.
+A tile is 64 keys, and two partitions of four warps have 32 each: one warp a scheduler has too little to issue while it
+waits for its own results. A thread has 16 codes of each group of 64 of one key: in registers from one tile's end, where
+the loads are issued, to the next tile, where the place in shared memory is empty. Rope dims need no arithmetic and no
+registers: they are copied there (cp.async) while the codes are decoded.
 
 Codes become bf16 by integer moves and two packed multiplies, exactly. What is NaN shows without being looked for in
 every dim: one NaN dim makes the key's score NaN, and that every dim of the row.
@@ -18,6 +19,7 @@ from dsv4ref.kernels.sparse_mla.hopper_roles import _HALF, _KEYS, _place
 
 __all__: list[str] = []
 
+_MINE = gl.constexpr(32)
 _SCALE_SLOTS = gl.constexpr(8)
 _ROW_BYTES = gl.constexpr(576)
 _ROPE_AT = gl.constexpr(224)  # of a row's bf16 places
@@ -98,10 +100,10 @@ def _line_of(item, sizes, swa, extra, HAS_EXTRA: gl.constexpr, SPLIT: gl.constex
 
 
 @gluon.jit
-def _slots_of(tile, line, swa, extra, HAS_EXTRA: gl.constexpr):
+def _slots_of(tile, line, swa, extra, PART: gl.constexpr, HAS_EXTRA: gl.constexpr):
     """Slots of a tile of the line, -1 beyond a list's end; -1 past the piece's last tile."""
     _, last, swa_tiles, swa_begin, swa_length, extra_begin, extra_length = line
-    lanes = tile * _KEYS + gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _FILL))
+    lanes = tile * _KEYS + PART * _MINE + gl.arange(0, _MINE, layout=gl.SliceLayout(1, _FILL))
     at = swa[1] + swa_begin
     length = swa_length
     if HAS_EXTRA:
@@ -207,53 +209,55 @@ def _group(codes, scales, nan, GROUP: gl.constexpr):
         low, high = gl.inline_asm_elementwise(
             _DECODE, _DECODE_CONSTRAINTS, [words, factor], dtype=(gl.int32, gl.int32), is_pure=True, pack=4
         )  # fmt: skip
-    return gl.join(low, high).reshape([_KEYS, 32])
+    return gl.join(low, high).reshape([_MINE, 32])
 
 
 @gluon.jit
 def _beside(a, b):
     """Two blocks of words as one, so that one store takes them: between two stores all of the role's warps meet."""
-    return gl.join(a, b).permute((0, 2, 1)).reshape([_KEYS, 2 * a.shape[1]])
+    return gl.join(a, b).permute((0, 2, 1)).reshape([_MINE, 2 * a.shape[1]])
 
 
 @gluon.jit
-def _store_codes(low, high, codes, scales):
+def _store_codes(low, high, codes, scales, PART: gl.constexpr):
     """Dequantise a tile's codes into its halves."""
     nan = _nan_bits(codes, scales)
     left = _beside(_group(codes, scales, nan, 0), _group(codes, scales, nan, 1))
     right = _beside(_group(codes, scales, nan, 2), _group(codes, scales, nan, 3))
-    low._reinterpret(gl.int32, [_KEYS, _HALF // 2], _WORDS).store(_beside(left, right))
-    words = high._reinterpret(gl.int32, [_KEYS, _HALF // 2], _WORDS)
+    low._reinterpret(gl.int32, [_KEYS, _HALF // 2], _WORDS).slice(PART * _MINE, _MINE, dim=0).store(
+        _beside(left, right)
+    )
+    words = high._reinterpret(gl.int32, [_KEYS, _HALF // 2], _WORDS).slice(PART * _MINE, _MINE, dim=0)
     words.slice(0, 64, dim=1).store(_beside(_group(codes, scales, nan, 4), _group(codes, scales, nan, 5)))
     words.slice(64, 32, dim=1).store(_group(codes, scales, nan, 6))
 
 
 @gluon.jit
 def _fill(
-    keys, live, full, empty, sizes, swa, extra,
+    keys, live, full, empty, sizes, swa, extra, PART: gl.constexpr,
     SWA_BLOCK: gl.constexpr, EXTRA_BLOCK: gl.constexpr, HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     step = 0
     for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
         line = _line_of(item, sizes, swa, extra, HAS_EXTRA, SPLIT)
         first, last = line[0], line[1]
-        slots = _slots_of(first, line, swa, extra, HAS_EXTRA)
+        slots = _slots_of(first, line, swa, extra, PART, HAS_EXTRA)
         rows, scales, valid = _keys_of(slots, first, line, swa, extra, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA)
         codes = _load_codes(rows, valid)
-        slots = _slots_of(first + 1, line, swa, extra, HAS_EXTRA)
+        slots = _slots_of(first + 1, line, swa, extra, PART, HAS_EXTRA)
         for tile in range(first, last):
             at = step % 2
             mbarrier.wait(empty.index(at), ((step // 2) & 1) ^ 1)
             low = keys.index(2 * at)
             high = keys.index(2 * at + 1)
-            live.index(at).store(valid.to(gl.int32))
-            _copy_rope(high, rows, valid)
-            _store_codes(low, high, codes, scales)
+            live.index(at).slice(PART * _MINE, _MINE, dim=0).store(valid.to(gl.int32))
+            _copy_rope(high.slice(PART * _MINE, _MINE, dim=0), rows, valid)
+            _store_codes(low, high, codes, scales, PART)
             async_copy.wait_group(0)
             fence_async_shared()
             mbarrier.arrive(full.index(at), count=1)
             # Only now: the fence waits for every load that is still under way.
             rows, scales, valid = _keys_of(slots, tile + 1, line, swa, extra, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA)
             codes = _load_codes(rows, valid)
-            slots = _slots_of(tile + 2, line, swa, extra, HAS_EXTRA)
+            slots = _slots_of(tile + 2, line, swa, extra, PART, HAS_EXTRA)
             step += 1

@@ -2,11 +2,10 @@
 
 Two places for key tiles in shared memory stand between the roles, each with a "full" and an "empty" mbarrier::
 
-    fill     4 warps: FILLDOC
-    score    4 warps: S = Q K^T (wgmma), online softmax in base 2, P to shared memory; after a piece's last product they
-             ask for the next piece's queries (cp.async)
-    low      4 warps: O += P K for dims 0..255
-    high     4 warps: O += P K for dims 256..511; they ask the L2 for the queries of the piece after
+    fill     2 x 4 warps, 32 keys of every tile each: gather and dequantise them, bf16 [32, 512] into an empty place
+    lead     4 warps: O += P K of the tile before, for dims 0..255, and behind it S = Q K^T (wgmma); online softmax in
+             base 2, P to shared memory; at a piece's end they ask for the next piece's queries (cp.async)
+    follow   4 warps: O += P K for dims 256..511; they ask the L2 for the next piece's queries
 
 What a row, a split, an invalid slot and an empty list mean is what `split_decode` says; so are the parts and LSEs that
 several splits leave for its reduce kernel.
@@ -44,11 +43,11 @@ from dsv4ref.kernels.sparse_mla.hopper_roles import (
     _write_half,
 )
 
-__all__ = ["FILL_REGISTERS", "SUM_REGISTERS", "WARPS"]
+__all__ = ["FILL_REGISTERS", "FOLLOW_REGISTERS", "WARPS"]
 
-# A warp group of each role shares 512 registers a thread; what these leave is the scoring role's.
-SUM_REGISTERS = 160
-FILL_REGISTERS = 104
+# Four groups of 128 threads share 512 registers a thread; what these leave, 208, is the lead's.
+FOLLOW_REGISTERS = 160
+FILL_REGISTERS = 72
 
 _COPY = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
 _ASK_LINES = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))
@@ -87,9 +86,17 @@ def _ask_queries(q, q_strides, item, sizes):
 
 
 @gluon.jit
-def _score(
-    query, keys, weights_tiles, decays, shares, live, full, ready, done, taken, sizes, swa, extra,
-    q, q_strides, lse, sink, part_lses, lse_strides, scale_log2,
+def _scores(query, keys, at):
+    """q . kv of one tile, still running: in two halves of the dims."""
+    zeros = gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES)
+    part = warpgroup_mma(query.index(0), keys.index(2 * at).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(query.index(1), keys.index(2 * at + 1).permute((1, 0)), part, is_async=True)
+
+
+@gluon.jit
+def _lead(
+    query, keys, weights_tiles, decays, shares, live, full, empty, ready, done, taken, sizes, swa, extra,
+    q, q_strides, lse, sink, part_lses, targets, out_strides, lse_strides, scale_log2,
     HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr, HAS_SINK: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     per_row: gl.constexpr = gl.SliceLayout(1, _SCORES)
@@ -102,24 +109,41 @@ def _score(
         head_block, row, split = _place(item, sizes)
         line = _line_of(item, sizes, swa, extra, HAS_EXTRA, SPLIT)
         first, last = line[0], line[1]
+        output = gl.zeros([_HEADS, _HALF], gl.float32, layout=_SUMS)
         row_max = gl.full([_HEADS], _LOWEST, gl.float32, layout=per_row)
         row_sum = gl.zeros([_HEADS], gl.float32, layout=per_row)
         async_copy.wait_group(0)
         fence_async_shared()
-        for _ in range(first, last):
+        if first < last:
             at = step % 2
             mbarrier.wait(full.index(at), (step // 2) & 1)
             valid = live.index(at).load(per_key)[None, :] != 0
-            scores = gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES)
-            scores = warpgroup_mma(
-                query.index(0), keys.index(2 * at).permute((1, 0)), scores, use_acc=False, is_async=True
-            )
-            scores = warpgroup_mma(query.index(1), keys.index(2 * at + 1).permute((1, 0)), scores, is_async=True)
+            scores = _scores(query, keys, at)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            row_max, row_sum = _weigh(
+            decay, row_max, row_sum = _weigh(
                 scores, valid, row_max, row_sum, scale_log2, weights_tiles.index(at), decays.index(at), ready.index(at)
             )  # fmt: skip
             step += 1
+            for _ in range(first + 1, last):
+                at = step % 2
+                # The sums of the tile before, queued ahead of this one's scores: tensor cores do not wait between them.
+                output = warpgroup_mma(weights_tiles.index(1 - at), keys.index(2 - 2 * at), output, is_async=True)
+                mbarrier.wait(full.index(at), (step // 2) & 1)
+                valid = live.index(at).load(per_key)[None, :] != 0
+                scores = _scores(query, keys, at)
+                output, scores = warpgroup_mma_wait(2, deps=[output, scores])
+                mbarrier.arrive(empty.index(1 - at), count=1)
+                scores = warpgroup_mma_wait(0, deps=[scores])
+                decay, row_max, row_sum = _weigh(
+                    scores, valid, row_max, row_sum, scale_log2, weights_tiles.index(at), decays.index(at),
+                    ready.index(at),
+                )  # fmt: skip
+                output = output * gl.convert_layout(decay, gl.SliceLayout(1, _SUMS))[:, None]
+                step += 1
+            at = (step + 1) % 2
+            output = warpgroup_mma(weights_tiles.index(at), keys.index(2 * at), output, is_async=True)
+            output = warpgroup_mma_wait(0, deps=[output])
+            mbarrier.arrive(empty.index(at), count=1)
         _copy_queries(query, q, q_strides, item + gl.num_programs(0), sizes)
 
         heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=per_row)
@@ -139,35 +163,36 @@ def _score(
         mbarrier.wait(taken, 1 - turn)
         shares.store(share)
         mbarrier.arrive(done, count=1)
+        share = gl.convert_layout(share, gl.SliceLayout(1, _SUMS))
+        _write_half(output, share, targets, out_strides, (), item, sizes, 0, SPLIT, False)
         turn = 1 - turn
 
 
 @gluon.jit
-def _sum(
+def _follow(
     keys, weights_tiles, decays, shares, empty, ready, done, taken, sizes, swa, extra,
     q, q_strides, targets, out_strides, turning,
-    HALF: gl.constexpr, HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr, HAS_ROPE: gl.constexpr,
+    HAS_EXTRA: gl.constexpr, SPLIT: gl.constexpr, HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
     per_row: gl.constexpr = gl.SliceLayout(1, _SUMS)
     step = 0
     turn = 0
     for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
         line = _line_of(item, sizes, swa, extra, HAS_EXTRA, SPLIT)
-        if HALF == 1:
-            _ask_queries(q, q_strides, item + gl.num_programs(0), sizes)
+        _ask_queries(q, q_strides, item + gl.num_programs(0), sizes)
         output = gl.zeros([_HEADS, _HALF], gl.float32, layout=_SUMS)
         for _ in range(line[0], line[1]):
             at = step % 2
             mbarrier.wait(ready.index(at), (step // 2) & 1)  # the scores were there: so was the tile
             output = output * decays.index(at).load(per_row)[:, None]
-            output = warpgroup_mma(weights_tiles.index(at), keys.index(2 * at + HALF), output, is_async=True)
+            output = warpgroup_mma(weights_tiles.index(at), keys.index(2 * at + 1), output, is_async=True)
             output = warpgroup_mma_wait(0, deps=[output])
             mbarrier.arrive(empty.index(at), count=1)
             step += 1
         mbarrier.wait(done, turn)
         share = shares.load(per_row)
         mbarrier.arrive(taken, count=1)
-        _write_half(output, share, targets, out_strides, turning, item, sizes, HALF, SPLIT, HAS_ROPE)
+        _write_half(output, share, targets, out_strides, turning, item, sizes, 1, SPLIT, HAS_ROPE)
         turn = 1 - turn
 
 
@@ -214,7 +239,7 @@ def _hopper_decode_kernel(
     HAS_SINK: gl.constexpr,
     HAS_LSE: gl.constexpr,
     HAS_ROPE: gl.constexpr,
-    SUM_REGISTERS: gl.constexpr,
+    FOLLOW_REGISTERS: gl.constexpr,
     FILL_REGISTERS: gl.constexpr,
 ):
     items = (num_heads + _HEADS - 1) // _HEADS * num_rows * num_splits
@@ -239,35 +264,34 @@ def _hopper_decode_kernel(
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=2)
         mbarrier.init(empty.index(i), count=2)
         mbarrier.init(ready.index(i), count=1)
     mbarrier.init(done, count=1)
-    mbarrier.init(taken, count=2)
+    mbarrier.init(taken, count=1)
     fence_async_shared()
 
     gl.warp_specialize(
         [
-            (_score, (
-                query, keys, weights_tiles, decays, shares, live, full, ready, done, taken, sizes, swa, extra,
-                q, q_strides, lse, sink, part_lses, lse_strides, scale_log2,
+            (_lead, (
+                query, keys, weights_tiles, decays, shares, live, full, empty, ready, done, taken, sizes, swa, extra,
+                q, q_strides, lse, sink, part_lses, targets, out_strides, lse_strides, scale_log2,
                 HAS_EXTRA, SPLIT, HAS_SINK, HAS_LSE,
             )),
-            (_sum, (
+            (_follow, (
                 keys, weights_tiles, decays, shares, empty, ready, done, taken, sizes, swa, extra,
                 q, q_strides, targets, out_strides, turning,
-                0, HAS_EXTRA, SPLIT, HAS_ROPE,
-            )),
-            (_sum, (
-                keys, weights_tiles, decays, shares, empty, ready, done, taken, sizes, swa, extra,
-                q, q_strides, targets, out_strides, turning,
-                1, HAS_EXTRA, SPLIT, HAS_ROPE,
+                HAS_EXTRA, SPLIT, HAS_ROPE,
             )),
             (_fill, (
-                keys, live, full, empty, sizes, swa, extra,
+                keys, live, full, empty, sizes, swa, extra, 0,
+                SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA, SPLIT,
+            )),
+            (_fill, (
+                keys, live, full, empty, sizes, swa, extra, 1,
                 SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA, SPLIT,
             )),
         ],
         [4, 4, 4],
-        [SUM_REGISTERS, SUM_REGISTERS, FILL_REGISTERS],
+        [FOLLOW_REGISTERS, FILL_REGISTERS, FILL_REGISTERS],
     )  # fmt: skip

@@ -119,6 +119,5 @@ def launch_prefill(
         HAS_LSE=lse is not None,
         SUM_REGISTERS=module.SUM_REGISTERS,
         FILL_REGISTERS=module.FILL_REGISTERS,
-        MODE=module.MODE,
         num_warps=module.WARPS,
     )

@@ -32,24 +32,24 @@ from dsv4ref.kernels.sparse_mla.hopper_roles import (
     _HEADS,
     _KEYS,
     _LN_2,
-    _LOG2_E,
     _LOWEST,
     _SCORES,
+    _SUMS,
     _TILE,
+    WARPS,
     _place,
+    _weigh,
+    _with_sink,
     _write_half,
 )
 
 __all__ = ["FILL_REGISTERS", "SUM_REGISTERS", "WARPS"]
 
-WARPS = 4
+# A warp group of each role shares 512 registers a thread; what these leave is the scoring role's.
 SUM_REGISTERS = 168
 FILL_REGISTERS = 72
-MODE = 0
 
 _FILL_THREADS = gl.constexpr(128)
-# 512 threads leave each 128 registers at compile time, too few for one instruction of 256 columns.
-_SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 _GATHER = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
 
@@ -120,7 +120,7 @@ def _fill(query, keys, live, known, full, empty, asked, answered, sizes, lists, 
 @gluon.jit
 def _score(
     query, keys, weights_tiles, decays, shares, live, known, full, ready, asked, answered, done, taken, sizes, lists,
-    lse, sink, lse_strides, scale_log2, HAS_SINK: gl.constexpr, HAS_LSE: gl.constexpr, MODE: gl.constexpr,
+    lse, sink, lse_strides, scale_log2, HAS_SINK: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     per_row: gl.constexpr = gl.SliceLayout(1, _SCORES)
     per_key: gl.constexpr = gl.SliceLayout(0, _SCORES)
@@ -142,30 +142,19 @@ def _score(
             valid = live.index(at).load(per_key)[None, :] != 0
             zeros = gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES)
             mbarrier.wait(full.index(2 * at), phase)
-            if MODE & 1:
-                mbarrier.wait(full.index(2 * at + 1), phase)
             # The copies are the generic proxy's writes, wgmma's reads are the async proxy's.
             fence_async_shared()
             part = warpgroup_mma(
                 query.index(0), keys.index(2 * at).permute((1, 0)), zeros, use_acc=False, is_async=True
             )
-            if not MODE & 1:
-                mbarrier.wait(full.index(2 * at + 1), phase)
-                fence_async_shared()
+            mbarrier.wait(full.index(2 * at + 1), phase)
+            fence_async_shared()
             scores = warpgroup_mma(query.index(1), keys.index(2 * at + 1).permute((1, 0)), part, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(answered, count=1, pred=tile + 1 == tiles)
-            # -inf, and not only a weight of 0: exp2 of it is 0 beside any maximum, and the least is finite.
-            scores = gl.where(valid, scores, float("-inf"))
-            new_max = gl.maximum(row_max, gl.max(scores, axis=1) * scale_log2)
-            decay = gl.exp2(row_max - new_max)
-            weights = gl.exp2(scores * scale_log2 - new_max[:, None])
-            weights_tiles.index(at).store(weights.to(gl.bfloat16))
-            decays.index(at).store(decay)
-            fence_async_shared()
-            mbarrier.arrive(ready.index(at), count=1)
-            row_max = new_max
-            row_sum = row_sum * decay + gl.sum(weights, axis=1)
+            _decay, row_max, row_sum = _weigh(
+                scores, valid, row_max, row_sum, scale_log2, weights_tiles.index(at), decays.index(at), ready.index(at)
+            )  # fmt: skip
             step += 1
 
         heads = head_block * _HEADS + gl.arange(0, _HEADS, layout=per_row)
@@ -176,14 +165,7 @@ def _score(
         if HAS_LSE:
             gl.store(lse + row * lse_strides[0] + wide * lse_strides[1], value, mask=heads < sizes[2])
         if HAS_SINK:
-            # l' = l * exp(m - m') + exp(sink - m'), o = acc * exp(m - m') / l'
-            sink_log2 = gl.load(sink + heads, mask=heads < sizes[2], other=float("-inf")) * _LOG2_E
-            new_max = gl.maximum(row_max, sink_log2)
-            decay = gl.exp2(row_max - new_max)
-            # A sink of +inf takes all the weight: the row is zero. inf - inf would make it NaN.
-            absorbed = sink_log2 == float("inf")
-            total = row_sum * decay + gl.where(absorbed, 1.0, gl.exp2(sink_log2 - new_max))
-            share = gl.where(total == 0.0, 0.0, decay / total)
+            share = _with_sink(row_max, row_sum, sink, heads, sizes[2])
         mbarrier.wait(taken, 1 - turn)
         shares.store(share)
         mbarrier.arrive(done, count=1)
@@ -250,7 +232,6 @@ def _hopper_prefill_kernel(
     HAS_LSE: gl.constexpr,
     SUM_REGISTERS: gl.constexpr,
     FILL_REGISTERS: gl.constexpr,
-    MODE: gl.constexpr,
 ):
     items = (num_heads + _HEADS - 1) // _HEADS * num_rows
     sizes = (items, num_rows, num_heads, 1)
@@ -288,7 +269,7 @@ def _hopper_prefill_kernel(
         [
             (_score, (
                 query, keys, weights_tiles, decays, shares, live, known, full, ready, asked, answered, done, taken,
-                sizes, lists, lse, sink, (lse_stride_t, lse_stride_h), scale_log2, HAS_SINK, HAS_LSE, MODE,
+                sizes, lists, lse, sink, (lse_stride_t, lse_stride_h), scale_log2, HAS_SINK, HAS_LSE,
             )),
             (_sum, (
                 keys, weights_tiles, decays, shares, empty, ready, done, taken, sizes, lists,

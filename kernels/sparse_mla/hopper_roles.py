@@ -1,13 +1,9 @@
 """What the warps that multiply share in Hopper's warp-specialised kernels: a tile's softmax, a row's end, its output.
 
 A piece of work is 64 heads of a row and split. Its key tiles, bf16 ``[64, 512]``, come through two places in shared
-memory; one role scores them, two more sum the values, dims 0..255 and 256..511::
-
-    score    S = Q K^T (wgmma), online softmax in base 2, weights P and decays to shared memory, "ready"
-    sum      O = O * decay + P K for one half of the dims; at a row's end O times the row's share
-
-so that a tile's scores are computed while the sums of the tile before run. Who fills the places is each kernel's own
-affair: `hopper_kernel` has the decode, `hopper_prefill_kernel` the prefill.
+memory. One role scores a tile (S = Q K^T, online softmax in base 2) and hands the weights P on in bf16, with what older
+sums decay by; sums O = O * decay + P K are kept by halves of the dims, 0..255 and 256..511, which different roles have.
+Who fills the places is each kernel's own affair: `hopper_kernel` has the decode, `hopper_prefill_kernel` the prefill.
 """
 
 from __future__ import annotations
@@ -34,6 +30,22 @@ _SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 _TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 
 
+def _rows_of(columns: int) -> gl.DistributedLinearLayout:
+    """Rows where the sums have them, but eight neighbouring columns, 16 bytes of bf16, in a thread."""
+    wide = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [8, 0], *wide],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, columns],
+    )
+
+
+_ROWS_128 = gl.constexpr(_rows_of(128))
+_ROWS_64 = gl.constexpr(_rows_of(64))
+
+
 @gluon.jit
 def _place(item, sizes):
     """Head block, row and split of a piece of work; the head blocks of a row, which share its keys, are neighbours."""
@@ -55,7 +67,7 @@ def _weigh(scores, valid, row_max, row_sum, scale_log2, weights_tile, decays, re
     decays.store(decay)
     fence_async_shared()
     mbarrier.arrive(ready, count=1)
-    return new_max, row_sum * decay + gl.sum(weights, axis=1)
+    return decay, new_max, row_sum * decay + gl.sum(weights, axis=1)
 
 
 @gluon.jit
@@ -80,11 +92,14 @@ def _columns_cut(x):
 
 @gluon.jit
 def _store_columns(x, out_row, heads, num_heads, out_stride_h, FIRST: gl.constexpr):
-    layout: gl.constexpr = x.type.layout
+    # As the product leaves them, a thread has two neighbouring columns: stores of 4 bytes, half sectors, take so long
+    # that the next piece's tiles wait for their places.
+    layout: gl.constexpr = _ROWS_128 if x.shape[1] == 128 else _ROWS_64
+    values = gl.convert_layout(x.to(gl.bfloat16), layout)
     rows = gl.convert_layout(heads, gl.SliceLayout(1, layout))
     dims = FIRST + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
     at = out_row + rows.to(gl.int64)[:, None] * out_stride_h + dims[None, :]
-    gl.store(at, x.to(gl.bfloat16), mask=(rows < num_heads)[:, None])
+    gl.store(at, values, mask=(rows < num_heads)[:, None])
 
 
 @gluon.jit
@@ -125,12 +140,11 @@ def _write_half(
         gl.store(parts + place[:, None] * (2 * _HALF) + dims[None, :], output, mask=seen[:, None])
     else:
         out_row = out + row * strides[0]
+        left, right = _columns_cut(output)
+        _store_columns(left, out_row, heads, sizes[2], strides[1], HALF * 256)
         if HAS_ROPE and HALF == 1:
-            left, right = _columns_cut(output)
             nope, rope = _columns_cut(right)
-            rope = _rotate_back(rope, row, turning)
-            _store_columns(left, out_row, heads, sizes[2], strides[1], 256)
             _store_columns(nope, out_row, heads, sizes[2], strides[1], 384)
-            _store_columns(rope, out_row, heads, sizes[2], strides[1], 448)
+            _store_columns(_rotate_back(rope, row, turning), out_row, heads, sizes[2], strides[1], 448)
         else:
-            _store_columns(output, out_row, heads, sizes[2], strides[1], HALF * 256)
+            _store_columns(right, out_row, heads, sizes[2], strides[1], HALF * 256 + 128)

@@ -38,7 +38,7 @@ def compiled(split: bool) -> triton.compiler.CompiledKernel:
     constexprs = {
         "SWA_BLOCK": 64, "EXTRA_BLOCK": 64, "HAS_EXTRA": True, "SPLIT": split, "HAS_SINK": not split,
         "HAS_LSE": not split, "HAS_ROPE": not split,
-        "SUM_REGISTERS": hopper_kernel.SUM_REGISTERS, "FILL_REGISTERS": hopper_kernel.FILL_REGISTERS,
+        "FOLLOW_REGISTERS": hopper_kernel.FOLLOW_REGISTERS, "FILL_REGISTERS": hopper_kernel.FILL_REGISTERS,
     }  # fmt: skip
     names = KERNEL.arg_names
     kinds = {name: kind for kind, group in POINTERS.items() for name in group}

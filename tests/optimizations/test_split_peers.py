@@ -20,7 +20,7 @@ def recorded(case: str, **times: float) -> list[Record]:
     """Records of one case, a line per variant; "flashmla", "prefill" and "vllm" stand for peers."""
     names = {
         "flashmla": f"peer: {FLASHMLA}", "prefill": f"peer: {FLASHMLA_PREFILL}", "vllm": f"peer: {VLLM_TRITON}",
-        "bf16": "bf16 keys",
+        "bf16": "bf16 keys", "hopper": "bf16 keys, gluon",
     }  # fmt: skip
     prediction = OPT.predict(OPT.case(case), SOME.device)
     return [
@@ -36,7 +36,7 @@ MADE = [
     *recorded("flash-1", optimized=10.0, flashmla=20.0, vllm=40.0),
     *recorded("pro-64", optimized=10.0, flashmla=5.0, vllm=90.0),
     *recorded("heads-8-64", optimized=10.0, vllm=30.0),
-    *recorded("flash-prompt", optimized=400.0, bf16=200.0, prefill=100.0, flashmla=300.0),
+    *recorded("flash-prompt", optimized=400.0, bf16=200.0, hopper=80.0, prefill=100.0, flashmla=300.0),
 ]
 
 
@@ -47,14 +47,18 @@ def test_means_are_of_a_groups_cases_that_a_peer_takes() -> None:
         ("all heads", "optimized", VLLM_TRITON),
         ("slices", "optimized", VLLM_TRITON),
         ("prompts", "bf16 keys", FLASHMLA),
+        ("prompts", "bf16 keys, gluon", FLASHMLA),
         ("prompts", "optimized", FLASHMLA),
         ("prompts", "bf16 keys", FLASHMLA_PREFILL),
+        ("prompts", "bf16 keys, gluon", FLASHMLA_PREFILL),
         ("prompts", "optimized", FLASHMLA_PREFILL),
     ]
     both = rows["all heads", "optimized", VLLM_TRITON]
     assert (both["cases"], both["from"], both["to"], both["aimed at"]) == (2, 4.0, 9.0, 5.0)
     assert both["peer / ours"] == pytest.approx(statistics.geometric_mean([4.0, 9.0])) == pytest.approx(6.0)
     assert rows["prompts", "bf16 keys", FLASHMLA_PREFILL]["peer / ours"] == pytest.approx(0.5)
+    hopper = rows["prompts", "bf16 keys, gluon", FLASHMLA_PREFILL]
+    assert (hopper["peer / ours"], hopper["aimed at"]) == (pytest.approx(1.25), 0.9)
     assert rows["prompts", "optimized", FLASHMLA_PREFILL]["aimed at"] is None
 
 
@@ -69,7 +73,13 @@ def test_a_decode_stands_beside_its_peers_and_a_gap_is_none() -> None:
 
 def test_a_prompts_rows_say_rate_bound_and_ratio() -> None:
     rows = {row["variant"]: row for row in split_peers.prompt_rows(OPT, MADE)}
-    assert list(rows) == ["optimized", "bf16 keys", f"peer: {FLASHMLA_PREFILL}", f"peer: {FLASHMLA}"]
+    assert list(rows) == [
+        "optimized",
+        "bf16 keys",
+        "bf16 keys, gluon",
+        f"peer: {FLASHMLA_PREFILL}",
+        f"peer: {FLASHMLA}",
+    ]
     keys = rows["bf16 keys"]
     assert keys["TFLOP/s"] == pytest.approx(4 * 4096 * 64 * 640 * 512 / 200e-6 / 1e12)
     assert keys["bound, %"] == pytest.approx(25.0)
