@@ -158,11 +158,11 @@ def test_a_profile_is_no_record(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kind: got 'profile', expected 'measured'"):
         records.read(tmp_path / "some.jsonl")
     with pytest.raises(TypeError, match=r"got \['Profile'\], expected only Record or only PublishedFigure"):
-        records.write(tmp_path / "some.jsonl", [PORTABLE])  # type: ignore[list-item]
+        records.write(tmp_path / "some.jsonl", [PORTABLE])  # type: ignore[arg-type]
 
 
 def test_latest_keeps_all_launches_of_the_newest_run() -> None:
-    later = {"date": "2026-01-31T13:00:00+00:00", "run": "later"}
+    later: dict[str, Any] = {"date": "2026-01-31T13:00:00+00:00", "run": "later"}
     new = [replace(PEER, **later), replace(COMBINE, launch=1, **later)]
     assert profiles.latest([PEER, COMBINE, PORTABLE, *new]) == (*new, PORTABLE)
 

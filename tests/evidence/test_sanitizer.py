@@ -126,7 +126,7 @@ def test_a_line_that_says_nothing_is_refused(changes: dict[str, Any], message: s
 
 def test_findings_are_whole_numbers() -> None:
     with pytest.raises(TypeError, match=r"findings: got .* expected a mapping of text to whole numbers"):
-        replace(INSPECTION, findings={"a kernel": 1.5})
+        replace(INSPECTION, findings={"a kernel": 1.5})  # type: ignore[dict-item]
 
 
 def test_latest_keeps_the_newest_of_each_tool_and_case() -> None:
