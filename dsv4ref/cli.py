@@ -231,6 +231,67 @@ def measure(
 
 
 @app.command()
+def profile(
+    id: Annotated[str, typer.Argument(metavar="ID", help="The chapter.")],
+    out: Annotated[Path, typer.Option(help="Folder for the profiles: OUT/<device>/<chapter>.jsonl.")],
+    case: Annotated[list[str], typer.Option(help="A case to profile; may be given several times.")],
+    variant: Annotated[list[str] | None, typer.Option(help="A variant that the chapter times; all if none.")] = None,
+    seed: Seed = None,
+) -> None:
+    """Verify, then count with Nsight Compute (ncu) what limits each launch; exit 1 on a red gate. NVIDIA only."""
+    from dsv4ref.evidence import profiles, timing
+
+    with _refusals():
+        timing.require_gpu("profile")
+        profiles.require_program()
+    _prepare("cuda")
+    from dsv4ref.optimizations import catalogue, watch
+    from dsv4ref.optimizations.measure import RedGateError
+
+    run_seed = _seed(seed)
+    with _refusals():
+        try:
+            for found in watch.profile(
+                catalogue.get(id), case, out, seed=run_seed, variants=variant or (), progress=_note
+            ):  # fmt: skip
+                _note(f"{found.case} {found.variant}: {found.kernel}, {found.us:.1f} us: {found.limit}")
+        except RedGateError as error:
+            _note(f"red gate, nothing profiled: {error}")
+            raise typer.Exit(1) from error
+
+
+@app.command()
+def sanitize(
+    id: Annotated[str, typer.Argument(metavar="ID", help="The chapter.")],
+    out: Annotated[Path, typer.Option(help="Folder for what the tools say: OUT/<device>/<chapter>.jsonl.")],
+    case: Annotated[list[str] | None, typer.Option(help="A case to run; the tiny ones if none.")] = None,
+    tool: Annotated[list[str] | None, typer.Option(help="memcheck or racecheck; both if not given.")] = None,
+    seed: Seed = None,
+) -> None:
+    """Run what the gate compares under compute-sanitizer; exit 1 if a tool reports anything. NVIDIA only."""
+    from dsv4ref.evidence import sanitizer, timing
+
+    with _refusals():
+        tools = sanitizer.tools(tool or ())
+        timing.require_gpu("sanitize")
+        sanitizer.require_program()
+    _prepare("cuda")
+    from dsv4ref.optimizations import catalogue, watch
+
+    run_seed = _seed(seed)
+    clean = True
+    with _refusals():
+        for found in watch.sanitize(
+            catalogue.get(id), case or (), out, seed=run_seed, tools=tools, progress=_note
+        ):  # fmt: skip
+            clean &= found.clean
+            _note(f"{found.case} {found.tool}: {found.errors} errors, {found.warnings} warnings")
+            for place, count in found.findings.items():
+                _note(f"  {count} x {place}")
+    raise typer.Exit(0 if clean else 1)
+
+
+@app.command()
 def ladder(
     out: Annotated[Path, typer.Option(help="Folder of journal, traces and report; a run that was killed continues.")],
     preset: Annotated[

@@ -1,40 +1,33 @@
 """Measurement records: one JSON line per measurement, with provenance, and with the hashes that let it go stale.
 
 `Record` is a figure measured here; `PublishedFigure` is somebody else's, kept in another file and never mixed in. Both
-are checked when they are made, so a file read back holds nothing that could not have been written. Records ship with
-the package as data/records/<device>/<chapter>.jsonl, published figures as data/published.jsonl.
+are checked when they are made, so a file read back holds nothing that could not have been written (`lines`). Records
+ship with the package as data/records/<device>/<chapter>.jsonl, published figures as data/published.jsonl.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.resources
 import importlib.util
-import json
-import math
-import os
 import platform
 import re
 import secrets
 import subprocess
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Protocol, TypedDict
 
-PACKAGE = "dsv4ref"
+from dsv4ref.evidence import lines
+
+PACKAGE = lines.PACKAGE
 SCHEMA = 1
 HOST = "host"
 """`Record.method` of a line whose microseconds are the host's, never to be set beside a device's."""
 
-_KEY = re.compile(r"[a-z0-9][a-z0-9_.-]*")  # devices and chapters name folders and files
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _RATIO_FIELDS = ("ratio", "ratio_low", "ratio_high", "noise_floor")
 
 
@@ -86,14 +79,14 @@ class Record:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_fixed(self, kind="measured", schema=SCHEMA, gate="passed")
-        _check_keys(self, "chapter", "device")
+        lines.check_types(self)
+        lines.check_fixed(self, kind="measured", schema=SCHEMA, gate="passed")
+        lines.check_keys(self, "chapter", "device")
         if not 0 < self.p20_us <= self.p50_us <= self.p80_us:
             times = (self.p20_us, self.p50_us, self.p80_us)
             raise ValueError(f"p20_us, p50_us, p80_us: got {times}, expected positive times in rising order")
-        _check_least(self, 1, "repeats")
-        _check_least(self, 0, "bytes", "flops", "launches", "seed", "noise_floor")
+        lines.check_least(self, 1, "repeats")
+        lines.check_least(self, 0, "bytes", "flops", "launches", "seed", "noise_floor")
         if self.bound_us is not None and self.bound_us <= 0:
             raise ValueError(f"bound_us: got {self.bound_us}, expected a positive time or None")
         given = [name for name in _RATIO_FIELDS if getattr(self, name) is not None]
@@ -105,13 +98,8 @@ class Record:
                 raise ValueError(
                     f"ratio_low, ratio, ratio_high: got {interval}, expected positive numbers in rising order"
                 )
-        _utc("date", self.date)
-        if not self.sources:
-            raise ValueError("sources: got no modules, expected the modules measured and the sha256 of each")
-        for name, digest in self.sources.items():
-            if not name or not _SHA256.fullmatch(digest):
-                raise ValueError(f"sources[{name!r}]: got {digest!r}, expected 64 lower-case hexadecimal digits")
-        object.__setattr__(self, "sources", dict(self.sources))
+        lines.utc("date", self.date)
+        lines.check_sources(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +123,9 @@ class PublishedFigure:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_fixed(self, kind="published", schema=SCHEMA)
-        _check_keys(self, "chapter")
+        lines.check_types(self)
+        lines.check_fixed(self, kind="published", schema=SCHEMA)
+        lines.check_keys(self, "chapter")
         for name in ("before", "after"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive figure")
@@ -148,41 +136,12 @@ class PublishedFigure:
         return 100.0 * (self.after / self.before - 1.0)
 
 
-AnyRecord = TypeVar("AnyRecord", Record, PublishedFigure)
-
-
 # ---- files ----
 
 
 def write(path: Path, records: Iterable[Record] | Iterable[PublishedFigure]) -> None:
-    """Append records to a JSON Lines file, one unbuffered write per line; makes the file and its folder if missing.
-
-    Several processes may append at once: each holds the file's advisory lock while it checks the end and writes, so
-    lines stay whole and the lines of one call stay together.
-
-    Raises:
-        TypeError: `records` holds anything else, or both kinds.
-        ValueError: the file ends in a truncated line, which appending would corrupt further.
-        OSError: the file cannot be written, or took only part of a line.
-    """
-    lines: list[Record | PublishedFigure] = list(records)
-    kinds = {type(record) for record in lines}
-    if len(kinds) > 1 or not kinds <= {Record, PublishedFigure}:
-        names = sorted(kind.__name__ for kind in kinds)
-        raise TypeError(f"records: got {names}, expected only Record or only PublishedFigure")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # released by closing
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            raise ValueError(f"{path}: the last line is truncated, expected a newline at its end; repair it first")
-        for record in lines:
-            line = (json.dumps(dataclasses.asdict(record), allow_nan=False, ensure_ascii=False) + "\n").encode()
-            if os.write(descriptor, line) != len(line):
-                raise OSError(f"{path}: a line was written only in part (is the disk full?)")
-    finally:
-        os.close(descriptor)
+    """Append records to a JSON Lines file: `lines.append` of one of the two kinds, never both."""
+    lines.append(path, records, Record, PublishedFigure)
 
 
 def read(path: Path) -> tuple[Record, ...]:
@@ -191,35 +150,20 @@ def read(path: Path) -> tuple[Record, ...]:
     Raises: ValueError 'file:line: what is wrong, what is expected' for the first line that is not exactly one record;
     OSError if the file cannot be read.
     """
-    return tuple(record for _, record in _read(path, Record))
+    return tuple(record for _, record in lines.read(path, Record))
 
 
 def read_published(path: Path) -> tuple[PublishedFigure, ...]:
     """All published figures of a JSON Lines file, in its order. Raises as `read`."""
-    return tuple(record for _, record in _read(path, PublishedFigure))
+    return tuple(record for _, record in lines.read(path, PublishedFigure))
 
 
 def read_folder(folder: Path) -> tuple[Record, ...]:
     """All records below `folder`, whose files must stand at <device>/<chapter>.jsonl and hold what their place says.
 
-    Raises: ValueError if `folder` is none, a file stands elsewhere, or a line belongs to another device or chapter;
-    otherwise as `read`.
+    Raises: as `lines.read_folder`.
     """
-    if not folder.is_dir():
-        raise ValueError(f"folder: got {folder}, which is no folder, expected one holding <device>/<chapter>.jsonl")
-    records = []
-    for path in sorted(folder.rglob("*.jsonl")):
-        if path.parent.parent != folder:
-            raise ValueError(f"{path}: expected record files at <device>/<chapter>.jsonl below {folder}")
-        for number, record in _read(path, Record):
-            for name, got, place in (
-                ("device", record.device, path.parent.name),
-                ("chapter", record.chapter, path.stem),
-            ):
-                if got != place:
-                    raise ValueError(f"{path}:{number}: {name}: got {got!r}, expected {place!r} from the file's place")
-            records.append(record)
-    return tuple(records)
+    return lines.read_folder(folder, Record)
 
 
 def shipped(extra: Path | None = None) -> tuple[Record, ...]:
@@ -230,16 +174,13 @@ def shipped(extra: Path | None = None) -> tuple[Record, ...]:
 
     Raises: as `read_folder`.
     """
-    records: tuple[Record, ...] = ()
-    with importlib.resources.as_file(importlib.resources.files(PACKAGE) / "data" / "records") as folder:
-        if folder.is_dir():  # a release before the first measured run has none
-            records = read_folder(folder)
+    records = lines.shipped("records", Record)
     return records if extra is None else records + read_folder(extra)
 
 
 def published(chapter: str | None = None) -> tuple[PublishedFigure, ...]:
     """The published figures that came with the package, of one chapter or all. Raises as `read`."""
-    with importlib.resources.as_file(importlib.resources.files(PACKAGE) / "data" / "published.jsonl") as path:
+    with importlib.resources.as_file(importlib.resources.files(lines.PACKAGE) / "data" / "published.jsonl") as path:
         return tuple(figure for figure in read_published(path) if chapter in (None, figure.chapter))
 
 
@@ -254,7 +195,7 @@ def latest(records: Iterable[Record]) -> tuple[Record, ...]:
         groups.setdefault((record.chapter, record.case, record.device, record.variant), []).append(record)
     kept: list[Record] = []
     for group in groups.values():
-        newest = max(enumerate(group), key=lambda item: (_utc("date", item[1].date), item[0]))[1]
+        newest = max(enumerate(group), key=lambda item: (lines.utc("date", item[1].date), item[0]))[1]
         kept.extend({record.method: record for record in group if record.run == newest.run}.values())
     return tuple(kept)
 
@@ -281,12 +222,19 @@ def hash_sources(names: Iterable[str]) -> dict[str, str]:
     return {name: module_sha256(name) for name in sorted(set(names))}
 
 
-def stale_modules(record: Record) -> tuple[str, ...]:
+class _Sourced(Protocol):
+    """What can go stale: a record, or other evidence that names the sources it is about."""
+
+    @property
+    def sources(self) -> Mapping[str, str]: ...
+
+
+def stale_modules(record: _Sourced) -> tuple[str, ...]:
     """The modules of `record.sources` whose source has changed since, or is gone."""
     return tuple(name for name, digest in record.sources.items() if _current(name) != digest)
 
 
-def is_stale(record: Record) -> bool:
+def is_stale(record: _Sourced) -> bool:
     """True if a source measured has changed since."""
     return bool(stale_modules(record))
 
@@ -336,7 +284,7 @@ def provenance(*, device: str, device_name: str, mode: str) -> Provenance:
         python=platform.python_version(),
         mode=mode,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=commit_of(Path(str(importlib.resources.files(PACKAGE)))),
+        commit=commit_of(Path(str(importlib.resources.files(lines.PACKAGE)))),
     )
 
 
@@ -390,129 +338,3 @@ def _triton_version() -> str:
 
         return triton.__version__
     return ", ".join(importlib.metadata.version(name) for name in names)
-
-
-# ---- checks ----
-
-
-def _read(path: Path, cls: type[AnyRecord]) -> list[tuple[int, AnyRecord]]:
-    lines = path.read_bytes().split(b"\n")
-    if lines.pop():
-        raise ValueError(f"{path}:{len(lines) + 1}: truncated, expected a newline at the end of the last line")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append((number, _parse(line, cls)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
-    return records
-
-
-def _parse(line: bytes, cls: type[AnyRecord]) -> AnyRecord:
-    if not line.strip():
-        raise ValueError("blank line, expected one JSON object per line")
-    try:
-        # Constants (NaN, Infinity) become strings, which the field's own check then refuses by name.
-        loaded = json.loads(line.decode(), object_pairs_hook=_object, parse_constant=str)
-    except _RepeatedFieldError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}), expected one JSON object per line") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"got a JSON {type(loaded).__name__}, expected one JSON object per line")
-    kind = cls.__dataclass_fields__["kind"].default
-    if loaded.get("kind", kind) != kind:  # before the fields, which all differ in a line of the other kind
-        raise ValueError(f"kind: got {loaded['kind']!r}, expected {kind!r}")
-    expected = [field.name for field in dataclasses.fields(cls)]
-    if unknown := [name for name in loaded if name not in expected]:
-        raise ValueError(f"unknown field {unknown[0]!r}, expected only {', '.join(expected)}")
-    if missing := [name for name in expected if name not in loaded]:
-        raise ValueError(f"missing field {missing[0]!r}, expected all of {', '.join(expected)}")
-    return cls(**loaded)
-
-
-class _RepeatedFieldError(ValueError):
-    pass
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise _RepeatedFieldError(f"field {name!r} comes twice, expected each field once")
-        found[name] = value
-    return found
-
-
-def _check_types(record: Record | PublishedFigure) -> None:
-    """Hold every field against its annotation, and refuse empty text and numbers that are not finite."""
-    for name, hint in typing.get_type_hints(type(record)).items():
-        value = getattr(record, name)
-        allowed = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
-        if not any(_is_a(value, one) for one in allowed):
-            wanted = " or ".join(_TYPE_NAMES[one] for one in allowed)
-            raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected {wanted}")
-        if isinstance(value, str) and not value.strip():
-            raise ValueError(f"{name}: got {value!r}, expected text that says something")
-        if float in allowed and value is not None:
-            object.__setattr__(record, name, _finite(name, value))
-
-
-def _finite(name: str, value: float) -> float:
-    try:
-        number = float(value)  # a whole number is one too, unless it is beyond every float
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: got {number}, expected a finite number")
-    return number
-
-
-_TYPE_NAMES: dict[Any, str] = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    type(None): "None",
-    Mapping[str, str]: "a mapping of text to text",
-}
-
-
-def _is_a(value: object, hint: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    if hint is float:
-        return isinstance(value, float | int)
-    if hint == Mapping[str, str]:
-        return isinstance(value, Mapping) and all(isinstance(item, str) for pair in value.items() for item in pair)
-    return isinstance(value, hint)
-
-
-def _check_fixed(record: Record | PublishedFigure, **fixed: object) -> None:
-    for name, expected in fixed.items():
-        if (got := getattr(record, name)) != expected:
-            raise ValueError(f"{name}: got {got!r}, expected {expected!r}")
-
-
-def _check_keys(record: Record | PublishedFigure, *names: str) -> None:
-    for name in names:
-        if not _KEY.fullmatch(getattr(record, name)):
-            raise ValueError(
-                f"{name}: got {getattr(record, name)!r}, expected lower-case letters, digits, '_', '-' and '.'"
-            )
-
-
-def _check_least(record: Record, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(record, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}")
-
-
-def _utc(name: str, text: str) -> datetime:
-    try:
-        date = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ValueError(f"{name}: got {text!r}, expected a date and time such as 2026-01-31T12:00:00+00:00") from error
-    if date.utcoffset() != timedelta(0):
-        raise ValueError(f"{name}: got {text!r}, expected a time in UTC, ending in +00:00 or Z")
-    return date

@@ -67,4 +67,8 @@ def summary(rows: Iterable[dict[str, Any]]) -> str:
             lines.append(
                 f"  FlashMLA / gluon: geometric mean {mean:.2f} over {len(peers)} cases, {span}; aimed at {PEER_GOAL}"
             )
+            behind = [
+                row["case"] for row in here if row["FlashMLA / gluon"] is not None and row["FlashMLA / gluon"] < 1
+            ]
+            lines.append(f"  FlashMLA faster: {', '.join(behind) or 'nowhere'}")
     return "\n".join(lines) or "no record of this kernel ships"

@@ -331,6 +331,11 @@ def assert_refused(ran: Ran, *said: str) -> None:
         ("notebooks --execute {nowhere}.ipynb", ["{nowhere}.ipynb"]),
         ("lab --folder {nowhere}", ["--folder", "00_start_here.ipynb"]),
         ("measure", ["--out"]),
+        ("profile split_k_decode --case tiny", ["--out"]),
+        ("profile split_k_decode --out {nowhere}", ["--case"]),
+        ("profile --case tiny --out {nowhere}", ["ID"]),
+        ("sanitize split_k_decode", ["--out"]),
+        ("sanitize split_k_decode --out {nowhere} --tool leakcheck", ["tool", "'leakcheck'", "memcheck", "racecheck"]),
         ("ladder", ["--out"]),
         ("ladder --device cpu --out {nowhere}", ["--preset", "h200-short", "needs a GPU", "tiny"]),
         ("ladder --device cpu --out {nowhere} --preset mini", ["preset", "'mini'", "h200-slice", "tiny"]),
@@ -379,7 +384,16 @@ def test_damaged_record_is_named_by_file_and_line(run: Run, tmp_path: Path, comm
 
 
 @without_gpu
-@pytest.mark.parametrize("arguments", ["verify --device cuda", "hazards --device cuda", "measure --out records"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "verify --device cuda",
+        "hazards --device cuda",
+        "measure --out records",
+        "profile split_k_decode --case tiny --out profiles",
+        "sanitize split_k_decode --out sanitizer",
+    ],
+)
 def test_asking_for_a_gpu_that_is_not_there_is_one_line(run: Run, arguments: str) -> None:
     assert_refused(run(*arguments.split()), "GPU")
 

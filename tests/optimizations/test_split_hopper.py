@@ -38,6 +38,11 @@ def test_rows_hold_the_ratios_of_one_run() -> None:
     assert "geometric mean 1.55 over 2 cases" in said
     assert "portable faster: heads-8-64" in said
     assert "FlashMLA / gluon: geometric mean 1.50 over 1 cases" in said
+    assert "FlashMLA faster: nowhere" in said
+    behind = split_hopper.summary(
+        split_hopper.hopper_rows(OPT, timed("flash-64", portable=90.0, gluon=30.0, peer=20.0))
+    )
+    assert "FlashMLA faster: flash-64" in behind
 
 
 @pytest.mark.parametrize("times", [{"portable": 90.0}, {"gluon": 30.0}, {"peer": 1.0, "gluon": 2.0}], ids=str)

@@ -58,7 +58,8 @@ def test_means_are_of_a_groups_cases_that_a_peer_takes() -> None:
     assert both["peer / ours"] == pytest.approx(statistics.geometric_mean([4.0, 9.0])) == pytest.approx(6.0)
     assert rows["prompts", "bf16 keys", FLASHMLA_PREFILL]["peer / ours"] == pytest.approx(0.5)
     hopper = rows["prompts", "bf16 keys, gluon", FLASHMLA_PREFILL]
-    assert (hopper["peer / ours"], hopper["aimed at"]) == (pytest.approx(1.25), 0.9)
+    assert hopper["peer / ours"] == pytest.approx(1.25)
+    assert (hopper["aimed at"], hopper["target"]) == (0.5, 0.9)
     assert rows["prompts", "optimized", FLASHMLA_PREFILL]["aimed at"] is None
 
 
@@ -86,8 +87,32 @@ def test_a_prompts_rows_say_rate_bound_and_ratio() -> None:
     assert keys[f"{FLASHMLA_PREFILL} / this"] == pytest.approx(0.5)
 
 
+def test_points_hold_flashmlas_prefill_over_every_variant_of_ours() -> None:
+    made = [*recorded("pro-prompt", optimized=900.0, prefill=300.0), *MADE]
+    rows = split_peers.point_rows(OPT, made)
+    assert [(row["case"], row["heads"], row["keys"]) for row in rows] == [
+        ("flash-prompt", 64, 640),
+        ("pro-prompt", 128, 1152),
+    ]
+    assert (rows[0]["optimized"], rows[0]["bf16 keys"]) == (0.25, 0.5)
+    assert rows[1]["optimized"] == pytest.approx(1 / 3)
+    assert rows[1]["bf16 keys"] is None
+    assert split_peers.point_rows(OPT, recorded("flash-prompt", optimized=1.0)) == []
+
+
+def test_verdicts_say_reached_and_missed() -> None:
+    made = [*recorded("flash-1", optimized=10.0, flashmla=6.0), *recorded("flash-prompt", bf16=100.0, prefill=40.0)]
+    assert split_peers.verdicts(split_peers.peer_means(OPT, made)).splitlines() == [
+        f"{SOME.device}, all heads, {FLASHMLA} / optimized 0.60; aimed at 0.45: reached; target 0.8: missed",
+        f"{SOME.device}, prompts, {FLASHMLA_PREFILL} / bf16 keys 0.40; aimed at 0.5: missed; target 0.9: missed",
+    ]
+    assert split_peers.verdicts([]) == "no record stands beside a peer"
+
+
 def test_goals_name_groups_variants_and_peers_that_exist() -> None:
     assert {group for group, _, _ in split_peers.GOALS} <= set(split_peers.GROUPS)
+    assert split_peers.GOALS.keys() == split_peers.TARGETS.keys()
+    assert all(split_peers.GOALS[key] <= split_peers.TARGETS[key] for key in split_peers.GOALS)
     cases = {split_peers.group_of(case.params) for case in OPT.cases.values() if case.measured}
     assert cases == set(split_peers.GROUPS)
 
