@@ -5,6 +5,8 @@ with one online softmax over both, folds the attention sink in once at the end a
 
     out[t, h] = sum_k exp(s_k) kv_k / (sum_k exp(s_k) + exp(sink_h)),   s_k = scale * q[t, h] . kv_k
 
+Tiles for sm_90's warp group product go through the loop of `halves`, every other one through those here.
+
 Reference: `dsv4ref.ref.sparse_attention.sparse_attention_ref`. Layout: `dsv4ref.formats.kv_cache`.
 Source of the semantics: DeepSeek-V4 inference/kernel.py; vLLM's ROCm ragged decode; FlashMLA (edge cases).
 """
