@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,8 @@ from dsv4ref.kernels.sparse_mla.split_decode import split_k_decode
 
 TILE = LaunchShape(16, 16, 4)
 
+Decode = Callable[[Call], tuple[Tensor, Tensor]]
+
 
 @pytest.fixture
 def build(rng: torch.Generator, device: str) -> Builder:
@@ -25,21 +28,28 @@ def build(rng: torch.Generator, device: str) -> Builder:
 
 
 @pytest.fixture(params=["single pass", "one split", "three splits"])
-def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """A decode of small tiles that are held in halves all the same, and how often the launcher asked whether to."""
-    asked = []
+def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Decode:
+    """A decode of small tiles that are held in halves all the same; its launcher has to ask whether to."""
+    asked: list[tuple[object, ...]] = []
+
+    def in_halves(*arguments: object) -> bool:
+        asked.append(arguments)
+        return True
+
     for module in (decode, split_decode):
-        monkeypatch.setattr(module, "in_halves", lambda *arguments: asked.append(arguments) or True)
+        monkeypatch.setattr(module, "in_halves", in_halves)
 
     def decoded(call: Call) -> tuple[Tensor, Tensor]:
         if request.param == "single pass":
             out, lse = call.run(launch=TILE)
         else:
             splits = 1 if request.param == "one split" else 3
-            out, lse = split_k_decode(
+            out, found = split_k_decode(
                 call.q, call.swa, call.extra, sink=call.sink, scale=call.scale, return_lse=True, launch=TILE,
                 splits=splits,
             )  # fmt: skip
+            assert found is not None
+            lse = found
         assert asked == [(TILE, *modes_of(call))]
         return out, lse
 
@@ -52,24 +62,24 @@ def modes_of(call: Call) -> list[str]:
     return [f"bits_{'fn' if s.cache.dialect.value == 'e4m3fn' else 'fnuz'}" for s in (call.swa, second)]
 
 
-def test_lists_of_any_length_are_the_references(run, build: Builder) -> None:
+def test_lists_of_any_length_are_the_references(run: Decode, build: Builder) -> None:
     lengths = (0, 1, 15, 16, 17, 33, 64)
     call = build.call(build.lists(lengths, 64), build.lists([0, *lengths[:0:-1]], 64), heads=5)
     call.check(*run(call))
 
 
 @pytest.mark.parametrize("dialect", ["e4m3fn", "e4m3fnuz"])
-def test_scopes_with_blocks_of_different_sizes(dialect: str, run, build: Builder) -> None:
+def test_scopes_with_blocks_of_different_sizes(dialect: str, run: Decode, build: Builder) -> None:
     call = build.small(blocks=(53, 2), dialects=(dialect, dialect))
     call.check(*run(call))
 
 
-def test_layers_without_an_extra_scope(run, build: Builder) -> None:
+def test_layers_without_an_extra_scope(run: Decode, build: Builder) -> None:
     call = build.call(build.lists([20, 0, 50], 64), sink=False)
     call.check(*run(call))
 
 
-def test_scores_in_the_thousands_do_not_overflow(run, build: Builder) -> None:
+def test_scores_in_the_thousands_do_not_overflow(run: Decode, build: Builder) -> None:
     call = build.small()
     call = replace(call, q=call.q * 512)
     out, lse = run(call)
@@ -77,7 +87,7 @@ def test_scores_in_the_thousands_do_not_overflow(run, build: Builder) -> None:
     call.check(out, lse)
 
 
-def test_rows_without_keys_are_zero_and_holes_are_skipped(run, build: Builder) -> None:
+def test_rows_without_keys_are_zero_and_holes_are_skipped(run: Decode, build: Builder) -> None:
     """No slot at all, invalid ones only, -1 and out-of-range inside lists, a duplicate; the cache ends in poison."""
     swa = [[], [-1, 10**6] * 10, [3, -1, 3, 10**6, 9], [-1] * 20 + [5]]
     call = build.call(swa, [[], [-1], [], [7] + [-1] * 20])

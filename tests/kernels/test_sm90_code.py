@@ -108,7 +108,7 @@ def conflicts(dims: int, layout: str) -> int:
     are permuted by the row (the 128-byte swizzle of a warp group product).
     """
     per_thread, threads = (
-        [int(n) for n in re.search(rf"{name} = \[(\d+), (\d+)\]", layout).groups()]
+        [int(n) for n in re.findall(rf"{name} = \[(\d+), (\d+)\]", layout)[0]]
         for name in ("sizePerThread", "threadsPerWarp")
     )
     assert per_thread[0] == 1, layout
