@@ -26,6 +26,7 @@ from dsv4ref.evidence.roofline import Bound, Level
 from dsv4ref.formats import Dialect
 from dsv4ref.formats.kv_cache import ENTRY_BYTES, HEAD_DIM
 from dsv4ref.kernels.codes import decode_mode
+from dsv4ref.kernels.sparse_mla.halves import in_halves
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape
 
 __all__ = [
@@ -40,7 +41,12 @@ __all__ = [
     "vector_bytes",
 ]
 
-MEASURED_MODULES = ("dsv4ref.kernels.sparse_mla.decode", "dsv4ref.kernels.sparse_mla.launch", "dsv4ref.kernels.codes")
+MEASURED_MODULES = (
+    "dsv4ref.kernels.sparse_mla.decode",
+    "dsv4ref.kernels.sparse_mla.halves",
+    "dsv4ref.kernels.sparse_mla.launch",
+    "dsv4ref.kernels.codes",
+)
 """The modules whose bytes a decode record stands on."""
 
 _MEMORY_TRIP_US = 0.7
@@ -130,6 +136,7 @@ def compile_request(shape: LaunchShape, arch: str) -> CompileRequest:
     upstream runs them. Sink on, LSE off: the serving configuration.
     """
     native = Dialect.of(device.native_dialect(arch), argument=f"native dialect of {arch}")
+    modes = decode_mode(native, arch), decode_mode(Dialect.FN, arch)
     pointers = {
         "q": "*bf16", "out": "*bf16", "lse": "*bf16", "sink": "*fp32",
         "swa_cache": "*u8", "swa_indices": "*i32", "swa_indptr": "*i32",
@@ -147,12 +154,13 @@ def compile_request(shape: LaunchShape, arch: str) -> CompileRequest:
         signature={**pointers, **aligned, **free},
         constexprs={
             "SWA_BLOCK": 64,
-            "SWA_MODE": decode_mode(native, arch),
+            "SWA_MODE": modes[0],
             "EXTRA_BLOCK": 64,
-            "EXTRA_MODE": decode_mode(Dialect.FN, arch),
+            "EXTRA_MODE": modes[1],
             "HAS_EXTRA": True,
             "HAS_SINK": True,
             "HAS_LSE": False,
+            "HALVES": in_halves(shape, *modes),
             "BLOCK_H": shape.block_h,
             "BLOCK_K": shape.block_k,
         },

@@ -650,6 +650,7 @@ OPTIMIZATION = Optimization(
         "dsv4ref.kernels.cache_gather",
         "dsv4ref.kernels.codes",
         "dsv4ref.kernels.sparse_mla.decode",
+        "dsv4ref.kernels.sparse_mla.halves",
         "dsv4ref.optimizations.fp8_dialects",
         "dsv4ref.formats.kv_cache",
         "dsv4ref.formats.fp8",

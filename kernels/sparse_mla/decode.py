@@ -5,6 +5,8 @@ with one online softmax over both, folds the attention sink in once at the end a
 
     out[t, h] = sum_k exp(s_k) kv_k / (sum_k exp(s_k) + exp(sink_h)),   s_k = scale * q[t, h] . kv_k
 
+Tiles for sm_90's warp group product go through the loop of `halves`, every other one through those here.
+
 Reference: `dsv4ref.ref.sparse_attention.sparse_attention_ref`. Layout: `dsv4ref.formats.kv_cache`.
 Source of the semantics: DeepSeek-V4 inference/kernel.py; vLLM's ROCm ragged decode; FlashMLA (edge cases).
 """
@@ -23,6 +25,7 @@ from dsv4ref.formats.kv_cache import HEAD_DIM
 from dsv4ref.formats.scope import Scope
 from dsv4ref.kernels import checks
 from dsv4ref.kernels.codes import _decode_scales, _join_keys, architecture, decode_mode
+from dsv4ref.kernels.sparse_mla.halves import _attend_in_halves, in_halves
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape, select_launch
 
 __all__ = ["sparse_mla_decode"]
@@ -126,6 +129,12 @@ def _attend_tile(query, accumulator, row_max, row_sum, keys, valid, scale_log2, 
 
 
 @triton.jit
+def _list_bounds(indptr, row, capacity):
+    """Where a row's list begins and ends."""
+    return tl.load(indptr + row), tl.minimum(tl.load(indptr + row + 1), capacity)
+
+
+@triton.jit
 def _attend_scope(
     query,
     accumulator,
@@ -145,8 +154,7 @@ def _attend_scope(
     BLOCK_K: tl.constexpr,
 ):
     """One scope's part of the online softmax; returns the updated (accumulator, row_max, row_sum)."""
-    begin = tl.load(indptr + row)
-    end = tl.minimum(tl.load(indptr + row + 1), capacity)
+    begin, end = _list_bounds(indptr, row, capacity)
     for start in range(begin, end, BLOCK_K):
         lanes = start + tl.arange(0, BLOCK_K)
         slots = tl.load(indices + lanes, mask=lanes < end, other=-1)
@@ -192,6 +200,7 @@ def _sparse_mla_decode_kernel(
     HAS_EXTRA: tl.constexpr,
     HAS_SINK: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -199,24 +208,40 @@ def _sparse_mla_decode_kernel(
     heads = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     row = tl.program_id(1).to(tl.int64)
     live = heads < num_heads
-    dims = tl.arange(0, _DIM)
-    query_at = q + row * q_stride_t + heads[:, None].to(tl.int64) * q_stride_h + dims[None, :]
-    query = tl.load(query_at, mask=live[:, None], other=0.0)  # [BLOCK_H, 512]
+    # The accumulator has all dims of a row, or the first half of them while `upper` has the others.
+    FIRST_DIMS: tl.constexpr = _DIM // 2 if HALVES else _DIM
+    dims = tl.arange(0, FIRST_DIMS)
+    query_rows = q + row * q_stride_t + heads.to(tl.int64) * q_stride_h  # [BLOCK_H]
 
-    accumulator = tl.zeros((BLOCK_H, _DIM), dtype=tl.float32)
-    row_max = tl.full((BLOCK_H,), _LOWEST, dtype=tl.float32)
-    row_sum = tl.zeros((BLOCK_H,), dtype=tl.float32)
-    accumulator, row_max, row_sum = _attend_scope(
-        query, accumulator, row_max, row_sum,
-        swa_cache, swa_indices, swa_indptr, swa_capacity, swa_rows, swa_block_stride,
-        row, scale_log2, SWA_BLOCK, SWA_MODE, BLOCK_H, BLOCK_K,
-    )  # fmt: skip
-    if HAS_EXTRA:
+    if HALVES:
+        tl.static_assert(SWA_MODE == EXTRA_MODE)
+        swa_begin, swa_end = _list_bounds(swa_indptr, row, swa_capacity)
+        tiles = (swa_end - swa_begin + BLOCK_K - 1) // BLOCK_K
+        extra_begin, extra_end = swa_begin, swa_end
+        if HAS_EXTRA:
+            extra_begin, extra_end = _list_bounds(extra_indptr, row, extra_capacity)
+            tiles += (extra_end - extra_begin + BLOCK_K - 1) // BLOCK_K
+        accumulator, upper, row_max, row_sum = _attend_in_halves(
+            query_rows, live, 0, tiles, swa_cache, swa_indices, swa_begin, swa_end, swa_rows, swa_block_stride,
+            extra_cache, extra_indices, extra_begin, extra_end, extra_rows, extra_block_stride,
+            scale_log2, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA, SWA_MODE, BLOCK_H, BLOCK_K,
+        )  # fmt: skip
+    else:
+        query = tl.load(query_rows[:, None] + dims[None, :], mask=live[:, None], other=0.0)  # [BLOCK_H, 512]
+        accumulator = tl.zeros((BLOCK_H, _DIM), dtype=tl.float32)
+        row_max = tl.full((BLOCK_H,), _LOWEST, dtype=tl.float32)
+        row_sum = tl.zeros((BLOCK_H,), dtype=tl.float32)
         accumulator, row_max, row_sum = _attend_scope(
             query, accumulator, row_max, row_sum,
-            extra_cache, extra_indices, extra_indptr, extra_capacity, extra_rows, extra_block_stride,
-            row, scale_log2, EXTRA_BLOCK, EXTRA_MODE, BLOCK_H, BLOCK_K,
+            swa_cache, swa_indices, swa_indptr, swa_capacity, swa_rows, swa_block_stride,
+            row, scale_log2, SWA_BLOCK, SWA_MODE, BLOCK_H, BLOCK_K,
         )  # fmt: skip
+        if HAS_EXTRA:
+            accumulator, row_max, row_sum = _attend_scope(
+                query, accumulator, row_max, row_sum,
+                extra_cache, extra_indices, extra_indptr, extra_capacity, extra_rows, extra_block_stride,
+                row, scale_log2, EXTRA_BLOCK, EXTRA_MODE, BLOCK_H, BLOCK_K,
+            )  # fmt: skip
 
     # lse = ln sum_k exp(s_k), before the sink; -inf for an empty row
     if HAS_LSE:
@@ -233,10 +258,14 @@ def _sparse_mla_decode_kernel(
         absorbed = sink_log2 == float("inf")
         row_sum = row_sum * decay + tl.where(absorbed, 1.0, tl.exp2(sink_log2 - new_max))
         accumulator = accumulator * decay[:, None]
+        if HALVES:
+            upper = upper * decay[:, None]
     inverse = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
     result = accumulator * inverse[:, None]
     out_at = out + row * out_stride_t + heads[:, None].to(tl.int64) * out_stride_h + dims[None, :]
     tl.store(out_at, result.to(tl.bfloat16), mask=live[:, None])
+    if HALVES:
+        tl.store(out_at + FIRST_DIMS, (upper * inverse[:, None]).to(tl.bfloat16), mask=live[:, None])
 
 
 def sparse_mla_decode(
@@ -295,6 +324,7 @@ def sparse_mla_decode(
         return out, lse
 
     second = extra if extra is not None else swa
+    modes = (decode_mode(swa.cache.dialect, arch), decode_mode(second.cache.dialect, arch))
     grid = (triton.cdiv(num_heads, launch.block_h), num_rows)
     _sparse_mla_decode_kernel[grid](
         q,
@@ -312,12 +342,13 @@ def sparse_mla_decode(
         num_heads,
         scale * _LOG2_E,
         SWA_BLOCK=swa.cache.block_size,
-        SWA_MODE=decode_mode(swa.cache.dialect, arch),
+        SWA_MODE=modes[0],
         EXTRA_BLOCK=second.cache.block_size,
-        EXTRA_MODE=decode_mode(second.cache.dialect, arch),
+        EXTRA_MODE=modes[1],
         HAS_EXTRA=extra is not None,
         HAS_SINK=sink is not None,
         HAS_LSE=lse is not None,
+        HALVES=in_halves(launch, *modes),
         BLOCK_H=launch.block_h,
         BLOCK_K=launch.block_k,
         num_warps=launch.num_warps,

@@ -39,8 +39,7 @@ _PAIRS = ROPE_DIM // 2
 
 # Layout constants as the kernel sees them; equal to those of formats.kv_cache (a test holds that).
 _DIM = tl.constexpr(512)
-_DIM_PAIRS = tl.constexpr(256)
-_FIRST_ROPE_PAIR = tl.constexpr(224)
+_ROPE_PAIRS = tl.constexpr(32)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -54,17 +53,19 @@ def _load_lse(lses, live):
 
 @triton.jit
 def _rotate_back(x, cos, sin, known, BLOCK_H: tl.constexpr):
-    """a' = a cos + b sin, b' = b cos - a sin on the pairs of the last 64 dims of x ``[BLOCK_H, 512]``."""
-    a, b = tl.split(tl.reshape(x, (BLOCK_H, _DIM_PAIRS, 2)))  # [BLOCK_H, 256] each
-    pairs = tl.arange(0, _DIM_PAIRS)
-    rotated = pairs >= _FIRST_ROPE_PAIR
-    pair = tl.where(rotated, pairs - _FIRST_ROPE_PAIR, 0)
+    """a' = a cos + b sin, b' = b cos - a sin on the pairs of the last 64 dims of x, ``[BLOCK_H, 512]`` or its end."""
+    PAIRS: tl.constexpr = x.shape[1] // 2
+    FIRST: tl.constexpr = PAIRS - _ROPE_PAIRS
+    a, b = tl.split(tl.reshape(x, (BLOCK_H, PAIRS, 2)))  # [BLOCK_H, PAIRS] each
+    pairs = tl.arange(0, PAIRS)
+    rotated = pairs >= FIRST
+    pair = tl.where(rotated, pairs - FIRST, 0)
     # A position outside the tables shows: its rotated dims become NaN, and nothing is read.
     c = tl.load(cos + pair, mask=rotated & known, other=float("nan"))[None, :]
     s = tl.load(sin + pair, mask=rotated & known, other=float("nan"))[None, :]
     # Zeros stay zeros, whatever the tables say: a padded row has neither keys nor a position.
     turn = rotated[None, :] & ((a != 0.0) | (b != 0.0))
-    return tl.reshape(tl.join(tl.where(turn, a * c + b * s, a), tl.where(turn, b * c - a * s, b)), (BLOCK_H, _DIM))
+    return tl.reshape(tl.join(tl.where(turn, a * c + b * s, a), tl.where(turn, b * c - a * s, b)), (BLOCK_H, 2 * PAIRS))
 
 
 @triton.jit

@@ -48,6 +48,7 @@ from dsv4ref.kernels.sparse_mla.decode import (
     _load_keys,
     _scope_arguments,
 )
+from dsv4ref.kernels.sparse_mla.halves import _attend_in_halves, in_halves
 from dsv4ref.kernels.sparse_mla.launch import LaunchShape
 from dsv4ref.kernels.sparse_mla.merge import QueryRotation, _load_lse, _rotate_back
 from dsv4ref.kernels.sparse_mla.splits import SplitPlan, machine_of, plan_splits
@@ -110,7 +111,7 @@ def _list_of(indptr, row, capacity):
 
 @triton.jit
 def _turned_back(x, positions, cos, sin, row, cos_stride, sin_stride, num_positions, BLOCK_H: tl.constexpr):
-    """x ``[BLOCK_H, 512]`` with its rope dims rotated back to the row's position."""
+    """x, ``[BLOCK_H, 512]`` or its end, with its rope dims rotated back to the row's position."""
     position = tl.load(positions + row)
     known = (position >= 0) & (position < num_positions)
     at = position.to(tl.int64)
@@ -162,6 +163,7 @@ def _split_k_decode_kernel(
     HAS_SINK: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_ROPE: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -172,9 +174,10 @@ def _split_k_decode_kernel(
     split = tl.program_id(2)
     live = heads < num_heads
     wide = heads.to(tl.int64)
-    dims = tl.arange(0, _DIM)
-    query_at = q + row * q_stride_t + wide[:, None] * q_stride_h + dims[None, :]
-    query = tl.load(query_at, mask=live[:, None], other=0.0)  # [BLOCK_H, 512]
+    # The accumulator has all dims of a row, or the first half of them while `upper` has the others.
+    FIRST_DIMS: tl.constexpr = _DIM // 2 if HALVES else _DIM
+    dims = tl.arange(0, FIRST_DIMS)
+    query_rows = q + row * q_stride_t + wide * q_stride_h  # [BLOCK_H]
 
     # This split's tiles, of the line of tiles that both lists make
     swa_begin, swa_length = _list_of(swa_indptr, row, swa_capacity)
@@ -188,21 +191,33 @@ def _split_k_decode_kernel(
         first = tl.minimum(split * share, last)
         last = tl.minimum(first + share, last)
 
-    accumulator = tl.zeros((BLOCK_H, _DIM), dtype=tl.float32)
-    row_max = tl.full((BLOCK_H,), _LOWEST, dtype=tl.float32)
-    row_sum = tl.zeros((BLOCK_H,), dtype=tl.float32)
-    accumulator, row_max, row_sum = _attend_tiles(
-        query, accumulator, row_max, row_sum, swa_cache, swa_indices,
-        swa_begin + tl.minimum(first * BLOCK_K, swa_length), swa_begin + tl.minimum(last * BLOCK_K, swa_length),
-        swa_rows, swa_block_stride, scale_log2, SWA_BLOCK, SWA_MODE, BLOCK_H, BLOCK_K,
-    )  # fmt: skip
-    if HAS_EXTRA:
-        extra_first, extra_last = tl.maximum(first - swa_tiles, 0), tl.maximum(last - swa_tiles, 0)
-        accumulator, row_max, row_sum = _attend_tiles(
-            query, accumulator, row_max, row_sum, extra_cache, extra_indices,
-            extra_begin + extra_first * BLOCK_K, extra_begin + tl.minimum(extra_last * BLOCK_K, extra_length),
-            extra_rows, extra_block_stride, scale_log2, EXTRA_BLOCK, EXTRA_MODE, BLOCK_H, BLOCK_K,
+    if HALVES:
+        tl.static_assert(SWA_MODE == EXTRA_MODE)
+        if not HAS_EXTRA:
+            extra_begin, extra_length = swa_begin, swa_length
+        accumulator, upper, row_max, row_sum = _attend_in_halves(
+            query_rows, live, first, last,
+            swa_cache, swa_indices, swa_begin, swa_begin + swa_length, swa_rows, swa_block_stride,
+            extra_cache, extra_indices, extra_begin, extra_begin + extra_length, extra_rows, extra_block_stride,
+            scale_log2, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA, SWA_MODE, BLOCK_H, BLOCK_K,
         )  # fmt: skip
+    else:
+        query = tl.load(query_rows[:, None] + dims[None, :], mask=live[:, None], other=0.0)  # [BLOCK_H, 512]
+        accumulator = tl.zeros((BLOCK_H, _DIM), dtype=tl.float32)
+        row_max = tl.full((BLOCK_H,), _LOWEST, dtype=tl.float32)
+        row_sum = tl.zeros((BLOCK_H,), dtype=tl.float32)
+        accumulator, row_max, row_sum = _attend_tiles(
+            query, accumulator, row_max, row_sum, swa_cache, swa_indices,
+            swa_begin + tl.minimum(first * BLOCK_K, swa_length), swa_begin + tl.minimum(last * BLOCK_K, swa_length),
+            swa_rows, swa_block_stride, scale_log2, SWA_BLOCK, SWA_MODE, BLOCK_H, BLOCK_K,
+        )  # fmt: skip
+        if HAS_EXTRA:
+            extra_first, extra_last = tl.maximum(first - swa_tiles, 0), tl.maximum(last - swa_tiles, 0)
+            accumulator, row_max, row_sum = _attend_tiles(
+                query, accumulator, row_max, row_sum, extra_cache, extra_indices,
+                extra_begin + extra_first * BLOCK_K, extra_begin + tl.minimum(extra_last * BLOCK_K, extra_length),
+                extra_rows, extra_block_stride, scale_log2, EXTRA_BLOCK, EXTRA_MODE, BLOCK_H, BLOCK_K,
+            )  # fmt: skip
 
     # lse = ln sum_k exp(s_k), before the sink; -inf for a row, or a split of it, without keys
     empty = row_sum == 0.0
@@ -210,8 +225,12 @@ def _split_k_decode_kernel(
     if SPLIT:
         at = (split.to(tl.int64) * num_rows + row) * num_heads + wide
         tl.store(part_lses + at, value, mask=live)
-        part = accumulator * tl.where(empty, 0.0, 1.0 / row_sum)[:, None]
-        tl.store(parts + at[:, None] * _DIM + dims[None, :], part, mask=(live & (row_sum != 0.0))[:, None])
+        inverse = tl.where(empty, 0.0, 1.0 / row_sum)
+        written = (live & (row_sum != 0.0))[:, None]
+        part_at = parts + at[:, None] * _DIM + dims[None, :]
+        tl.store(part_at, accumulator * inverse[:, None], mask=written)
+        if HALVES:
+            tl.store(part_at + FIRST_DIMS, upper * inverse[:, None], mask=written)
     else:
         if HAS_LSE:
             tl.store(lse + row * lse_stride_t + wide * lse_stride_h, value, mask=live)
@@ -224,13 +243,19 @@ def _split_k_decode_kernel(
             absorbed = sink_log2 == float("inf")
             row_sum = row_sum * decay + tl.where(absorbed, 1.0, tl.exp2(sink_log2 - new_max))
             accumulator = accumulator * decay[:, None]
+            if HALVES:
+                upper = upper * decay[:, None]
         inverse = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
         result = accumulator * inverse[:, None]
+        out_at = out + row * out_stride_t + wide[:, None] * out_stride_h + dims[None, :]
+        if HALVES:
+            tl.store(out_at, result.to(tl.bfloat16), mask=live[:, None])
+            result = upper * inverse[:, None]
+            out_at += FIRST_DIMS
         if HAS_ROPE:
             result = _turned_back(
                 result, positions, cos, sin, row, cos_stride, sin_stride, num_positions, BLOCK_H
             )  # fmt: skip
-        out_at = out + row * out_stride_t + wide[:, None] * out_stride_h + dims[None, :]
         tl.store(out_at, result.to(tl.bfloat16), mask=live[:, None])
 
 
@@ -463,6 +488,7 @@ def split_k_decode(
             lse=lse, parts=scratch.parts, part_lses=scratch.lses,
         )  # fmt: skip
     else:
+        modes = (decode_mode(swa.cache.dialect, arch), decode_mode(second.cache.dialect, arch))
         _split_k_decode_kernel[(triton.cdiv(num_heads, plan.launch.block_h), num_rows, plan.splits)](
             q,
             out,
@@ -481,12 +507,13 @@ def split_k_decode(
             plan.splits,
             scale * _LOG2_E_FLOAT,
             SWA_BLOCK=swa.cache.block_size,
-            SWA_MODE=decode_mode(swa.cache.dialect, arch),
+            SWA_MODE=modes[0],
             EXTRA_BLOCK=second.cache.block_size,
-            EXTRA_MODE=decode_mode(second.cache.dialect, arch),
+            EXTRA_MODE=modes[1],
             HAS_EXTRA=extra is not None,
             SPLIT=split,
             **(dict.fromkeys(flags, False) if split else flags),  # the reduce finishes what is split
+            HALVES=in_halves(plan.launch, *modes),
             BLOCK_H=plan.launch.block_h,
             BLOCK_K=plan.launch.block_k,
             num_warps=plan.launch.num_warps,

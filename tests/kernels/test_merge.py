@@ -254,8 +254,7 @@ def test_no_rows_is_no_work(device: str) -> None:
 
 def test_the_kernels_constants_are_the_formats() -> None:
     assert merge._DIM.value == kv_cache.HEAD_DIM
-    assert merge._DIM_PAIRS.value * 2 == kv_cache.HEAD_DIM
-    assert merge._FIRST_ROPE_PAIR.value * 2 == kv_cache.NOPE_DIM
+    assert merge._ROPE_PAIRS.value * 2 == kv_cache.ROPE_DIM
     assert merge._LOG2_E.value == math.log2(math.e)
     assert merge._LN_2.value == math.log(2)
 

@@ -21,8 +21,8 @@ MUTATIONS = {
     ),
     "the first pair not turned": Mutation(
         "kernels/sparse_mla/merge.py",
-        "rotated = pairs >= _FIRST_ROPE_PAIR",
-        "rotated = pairs > _FIRST_ROPE_PAIR",
+        "rotated = pairs >= FIRST",
+        "rotated = pairs > FIRST",
         cases=("fused_inverse_rope/tiny", "fused_inverse_rope/tiny-swa-only"),
         unaffected=("fused_inverse_rope/tiny-start",),
     ),

@@ -19,8 +19,8 @@ MUTATIONS = {
     ),
     "extra scope read in the SWA dialect": Mutation(
         "kernels/sparse_mla/decode.py",
-        "EXTRA_MODE=decode_mode(second.cache.dialect, arch),",
-        "EXTRA_MODE=decode_mode(swa.cache.dialect, arch),",
+        "EXTRA_MODE=modes[1],",
+        "EXTRA_MODE=modes[0],",
         cases=("decode_launch_shape/tiny-fnuz",),
         unaffected=("decode_launch_shape/tiny",),
     ),
