@@ -3,7 +3,7 @@
 Two places for key tiles in shared memory stand between the roles. A place has two halves, by dims, each with a "full"
 and an "empty" mbarrier of its own::
 
-    fill     4 warps: slots two tiles ahead; cp.async of 16 bytes, in flight without registers, straight into the halves
+    fill     4 warps: slots two tiles ahead; cp.async of 16 bytes, which no register waits for, straight into the halves
              that are empty; after a piece's first tile its queries, once the piece before has used its own
     score    4 warps: S = Q K^T (wgmma), online softmax in base 2, P to shared memory
     low      4 warps: O += P K for dims 0..255
@@ -82,7 +82,7 @@ def _copy(half, rows, valid, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _fill(query, keys, live, known, full, empty, asked, answered, sizes, lists, kv, kv_stride, num_keys, q, q_strides):
+def _fill(query, keys, live, full, empty, asked, answered, sizes, lists, kv, kv_stride, num_keys, q, q_strides):
     step = 0
     turn = 0
     for item in range(gl.program_id(0), sizes[0], gl.num_programs(0)):
@@ -99,7 +99,7 @@ def _fill(query, keys, live, known, full, empty, asked, answered, sizes, lists, 
             rows = kv + slots.to(gl.int64) * kv_stride
             mbarrier.wait(empty.index(2 * at), phase)
             live.index(at).store(valid.to(gl.int32))
-            mbarrier.arrive(known.index(at), count=1)
+            mbarrier.arrive(full.index(2 * at), count=1)
             _copy(keys.index(2 * at), rows, valid, 0)
             async_copy.mbarrier_arrive(full.index(2 * at), increment_count=False)
             mbarrier.wait(empty.index(2 * at + 1), phase)
@@ -119,7 +119,7 @@ def _fill(query, keys, live, known, full, empty, asked, answered, sizes, lists, 
 
 @gluon.jit
 def _score(
-    query, keys, weights_tiles, decays, shares, live, known, full, ready, asked, answered, done, taken, sizes, lists,
+    query, keys, weights_tiles, decays, shares, live, full, ready, asked, answered, done, taken, sizes, lists,
     lse, sink, lse_strides, scale_log2, HAS_SINK: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     per_row: gl.constexpr = gl.SliceLayout(1, _SCORES)
@@ -138,18 +138,17 @@ def _score(
         for tile in range(tiles):
             at = step % 2
             phase = (step // 2) & 1
-            mbarrier.wait(known.index(at), phase)
-            valid = live.index(at).load(per_key)[None, :] != 0
-            zeros = gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES)
             mbarrier.wait(full.index(2 * at), phase)
-            # The copies are the generic proxy's writes, wgmma's reads are the async proxy's.
-            fence_async_shared()
-            part = warpgroup_mma(
-                query.index(0), keys.index(2 * at).permute((1, 0)), zeros, use_acc=False, is_async=True
-            )
+            valid = live.index(at).load(per_key)[None, :] != 0
             mbarrier.wait(full.index(2 * at + 1), phase)
+            # The copies are the generic proxy's writes, wgmma's reads the async proxy's. One fence, for both halves: it
+            # stands in the way of every tile, and costs more than a product that begins with the first half wins.
             fence_async_shared()
-            scores = warpgroup_mma(query.index(1), keys.index(2 * at + 1).permute((1, 0)), part, is_async=True)
+            scores = gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES)
+            scores = warpgroup_mma(
+                query.index(0), keys.index(2 * at).permute((1, 0)), scores, use_acc=False, is_async=True
+            )
+            scores = warpgroup_mma(query.index(1), keys.index(2 * at + 1).permute((1, 0)), scores, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(answered, count=1, pred=tile + 1 == tiles)
             _decay, row_max, row_sum = _weigh(
@@ -245,7 +244,6 @@ def _hopper_prefill_kernel(
     decays = gl.allocate_shared_memory(gl.float32, [2, _HEADS], flat)
     shares = gl.allocate_shared_memory(gl.float32, [_HEADS], flat)
     live = gl.allocate_shared_memory(gl.int32, [2, _KEYS], flat)
-    known = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -254,10 +252,10 @@ def _hopper_prefill_kernel(
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
-        mbarrier.init(known.index(i), count=1)
         mbarrier.init(ready.index(i), count=1)
     for i in gl.static_range(4):
-        mbarrier.init(full.index(i), count=_FILL_THREADS)
+        # Every thread's copies arrive for themselves; with a tile's first half arrives which of its keys are valid.
+        mbarrier.init(full.index(i), count=_FILL_THREADS + 1 - i % 2)
         mbarrier.init(empty.index(i), count=1)
     mbarrier.init(asked, count=_FILL_THREADS)
     mbarrier.init(answered, count=1)
@@ -268,7 +266,7 @@ def _hopper_prefill_kernel(
     gl.warp_specialize(
         [
             (_score, (
-                query, keys, weights_tiles, decays, shares, live, known, full, ready, asked, answered, done, taken,
+                query, keys, weights_tiles, decays, shares, live, full, ready, asked, answered, done, taken,
                 sizes, lists, lse, sink, (lse_stride_t, lse_stride_h), scale_log2, HAS_SINK, HAS_LSE,
             )),
             (_sum, (
@@ -280,7 +278,7 @@ def _hopper_prefill_kernel(
                 (out, out), (out_stride_t, out_stride_h), turning, 1, HAS_ROPE,
             )),
             (_fill, (
-                query, keys, live, known, full, empty, asked, answered, sizes, lists, kv, kv_stride, num_keys,
+                query, keys, live, full, empty, asked, answered, sizes, lists, kv, kv_stride, num_keys,
                 q, (q_stride_t, q_stride_h),
             )),
         ],

@@ -14,6 +14,8 @@ own over the output; on gfx942 and gfx950 the epilogue costs a few registers, no
 
 One program handles BLOCK_H heads of one query row and walks the row's list BLOCK_K keys at a time; everything after the
 load of the keys is the decode's arithmetic line by line, so that equal tiles see equal operands in equal order.
+On sm_90 a second kernel does the same work with warps that copy and warps that multiply (`hopper_prefill`); ``path``
+says which runs.
 
 The current chunk's keys have to come from the cache as well, not from the projection that has just made them: a later
 decode step reads the rounded ones, and prefill at p must equal decode at p.

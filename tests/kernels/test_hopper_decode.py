@@ -89,6 +89,15 @@ def test_what_it_does_not_take_is_said(build: Builder, monkeypatch: pytest.Monke
     assert said.endswith("with strides (33280, 520, 1), and it copies 16 bytes at a time")
 
 
+def test_it_is_taken_where_it_was_faster() -> None:
+    taken = {
+        heads: [rows for rows in (1, 7, 8, 31, 32, 256) if hopper_decode.worthwhile(rows, heads, 128, 512)]
+        for heads in (4, 8, 32, 64, 127, 128)
+    }
+    many = [8, 31, 32, 256]
+    assert taken == {4: [], 8: [32, 256], 32: [32, 256], 64: many, 127: many, 128: [1, 7, *many]}
+
+
 @pytest.mark.parametrize("heads", [64, 128])
 def test_few_rows_are_split_and_full_machines_are_not(heads: int, h200: Machine) -> None:
     splits = {rows: hopper_decode.plan(h200, rows, heads, 128, 512).splits for rows in (1, 8, 1024)}
@@ -115,8 +124,8 @@ def test_a_plan_covers_every_tile_and_keeps_a_count_that_is_asked_for(h200: Mach
 def test_it_compiles_for_sm_90_without_a_gpu() -> None:
     """wgmma, not serialised; 16-byte loads; registers and shared memory of one SM; few words spilt.
 
-    Zero it is not: three roles share the register file, and ptxas spills some tens of bytes, by Triton release. The
-    accumulators are 512 bytes of each thread: the limit is far below one of them going to memory.
+    Zero it is not: four groups of warps share the register file, and ptxas spills around a hundred bytes, by Triton
+    release. The accumulators are 512 bytes of each thread: the limit is far below one of them going to memory.
     """
     pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -252,16 +261,21 @@ def test_the_chapters_gate_compares_it(case: str) -> None:
 
 
 PLANTED = {
-    "a scale of the neighbouring group": ("hopper_fill", "(_FACTOR_0,", "(_FACTOR_1,"),
-    "a tile's last key dropped": ("hopper_fill", "(lanes < length)", "(lanes < length) & (lanes % _KEYS != _KEYS - 1)"),
-    "older sums do not decay": ("hopper_kernel", "output * decays.index(at).load(per_row)[:, None]", "output"),
-}
+    "a scale of the neighbouring group": ("hopper_fill", "(_FACTOR_0,", "(_FACTOR_1,", "tiny-ragged"),
+    "a tile's last key dropped": (
+        "hopper_fill", "(lanes < length)", "(lanes < length) & (lanes % _KEYS != _KEYS - 1)", "flash-74",
+    ),
+    "older sums do not decay": (
+        "hopper_kernel", "output * decays.index(at).load(per_row)[:, None]", "output", "flash-74",
+    ),
+}  # fmt: skip
+"""Where a bug goes, what stands there, what it becomes, and a case that shows it: any tile, a full one, several."""
 
 
 def planted(bug: str, folder: Path) -> ModuleType:
     """The kernel's module with a bug in its source, or in that of its fill, under names of their own."""
     package = hopper_decode.__name__.rpartition(".")[0]
-    where, right, wrong = PLANTED[bug]
+    where, right, wrong, _ = PLANTED[bug]
     for name in ("hopper_fill", "hopper_kernel"):
         source = (Path(hopper_decode.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
         if name == where:
@@ -280,5 +294,5 @@ def test_a_planted_bug_turns_the_chapters_gate_red(bug: str, tmp_path: Path, mon
         monkeypatch.delitem(sys.modules, name, raising=False)
     module = planted(bug, tmp_path)
     monkeypatch.setattr(hopper_decode, "_kernel_module", lambda: module)
-    verdict = verify(chapter.OPTIMIZATION, "tiny-ragged", device="cuda", seed=0)
+    verdict = verify(chapter.OPTIMIZATION, PLANTED[bug][3], device="cuda", seed=0)
     assert not verdict.passed, f"{bug}: {verdict.detail}"
