@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
-from dsv4ref.kernels.sparse_mla.hopper_roles import _HALF, _KEYS, _place
+from dsv4ref.kernels.sparse_mla.hopper_roles import _HALF, _KEYS, _hand_over, _place
 
 __all__: list[str] = []
 
@@ -254,8 +254,7 @@ def _fill(
             _copy_rope(high.slice(PART * _MINE, _MINE, dim=0), rows, valid)
             _store_codes(low, high, codes, scales, PART)
             async_copy.wait_group(0)
-            fence_async_shared()
-            mbarrier.arrive(full.index(at), count=1)
+            _hand_over(full.index(at))
             # Only now: the fence waits for every load that is still under way.
             rows, scales, valid = _keys_of(slots, tile + 1, line, swa, extra, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA)
             codes = _load_codes(rows, valid)

@@ -37,6 +37,7 @@ from dsv4ref.kernels.sparse_mla.hopper_roles import (
     _SUMS,
     _TILE,
     WARPS,
+    _meet,
     _place,
     _weigh,
     _with_sink,
@@ -114,6 +115,7 @@ def _lead(
         row_sum = gl.zeros([_HEADS], gl.float32, layout=per_row)
         async_copy.wait_group(0)
         fence_async_shared()
+        _meet()  # a warp multiplies heads that others have copied
         if first < last:
             at = step % 2
             mbarrier.wait(full.index(at), (step // 2) & 1)

@@ -16,6 +16,9 @@ __all__ = ["WARPS"]
 
 WARPS = 4
 
+# Triton 3.7 has this barrier under another name.
+_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
 _HEADS = gl.constexpr(64)
 _KEYS = gl.constexpr(64)
 _HALF = gl.constexpr(256)
@@ -56,6 +59,18 @@ def _place(item, sizes):
 
 
 @gluon.jit
+def _hand_over(arrived):
+    """Give what the role's threads wrote into shared memory to whoever waits at an mbarrier, wgmma included.
+
+    One thread arrives for all: so each has to have fenced its own writes, and then all have to meet. Left to itself the
+    compiler puts a barrier where it sees a reason for one, which may be before the fence.
+    """
+    fence_async_shared()
+    _meet()
+    mbarrier.arrive(arrived, count=1)
+
+
+@gluon.jit
 def _weigh(scores, valid, row_max, row_sum, scale_log2, weights_tile, decays, ready):
     """One tile of the online softmax, handed on: weights and what older sums are multiplied by."""
     # -inf, and not only a weight of 0: exp2 of it is 0 beside any maximum, and the least is finite.
@@ -65,8 +80,7 @@ def _weigh(scores, valid, row_max, row_sum, scale_log2, weights_tile, decays, re
     weights = gl.exp2(scores * scale_log2 - new_max[:, None])
     weights_tile.store(weights.to(gl.bfloat16))
     decays.store(decay)
-    fence_async_shared()
-    mbarrier.arrive(ready, count=1)
+    _hand_over(ready)
     return decay, new_max, row_sum * decay + gl.sum(weights, axis=1)
 
 
