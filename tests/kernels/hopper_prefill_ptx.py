@@ -17,7 +17,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 IMPORTED_EARLY = f"{sparse_mla.__name__}.hopper_prefill_kernel" in sys.modules
 hopper_prefill_kernel = importlib.import_module(f"{sparse_mla.__name__}.hopper_prefill_kernel")
 
-from hopper_ptx import assembled  # noqa: E402
+from hopper_ptx import assembled, hasty_arrivals  # noqa: E402
 
 KERNEL = hopper_prefill_kernel._hopper_prefill_kernel
 POINTERS = {
@@ -66,6 +66,7 @@ def main() -> None:
             "serialised": "serialized" in said,
             "shared_bytes": kernel.metadata.shared,
             "wgmma": ptx.count("wgmma.mma_async"),
+            "hasty_arrivals": hasty_arrivals(ptx),
             "copies_of_16": len(re.findall(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", ptx)),
             "copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
         }

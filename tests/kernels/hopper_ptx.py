@@ -63,6 +63,16 @@ def assembled(ptx: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
+def hasty_arrivals(ptx: str) -> int:
+    """Arrivals at mbarriers without a meeting of the role's threads since its last fence."""
+    steps = re.findall(r"fence\.proxy\.async|bar\.sync|mbarrier\.arrive\.shared", ptx)
+    met, hasty = True, 0
+    for step in steps:
+        met = step == "bar.sync" or (met and step != "fence.proxy.async")
+        hasty += step == "mbarrier.arrive.shared" and not met
+    return hasty
+
+
 def main() -> None:
     for name, options in VARIANTS.items():
         kernel = compiled(bool(options["SPLIT"]))
@@ -79,6 +89,7 @@ def main() -> None:
             "serialised": "serialized" in said,
             "shared_bytes": kernel.metadata.shared,
             "wgmma": ptx.count("wgmma.mma_async"),
+            "hasty_arrivals": hasty_arrivals(ptx),
             "wide_loads": len(re.findall(r"ld\.global\.v4\.b32", ptx)),
         }
         print(json.dumps(row))
