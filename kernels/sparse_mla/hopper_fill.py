@@ -173,6 +173,7 @@ def _copy_rope(high, rows, valid):
     async_copy.async_copy_global_to_shared(
         high.slice(192, 64, dim=1), rows[:, None] + dims[None, :], mask=valid[:, None]
     )
+    async_copy.commit_group()  # a wait is for groups: copies in none are not waited for
 
 
 @gluon.jit

@@ -73,6 +73,15 @@ def hasty_arrivals(ptx: str) -> int:
     return hasty
 
 
+def unawaited_copies(ptx: str) -> int:
+    """Waits for groups of copies that leave copies out: those that stand in no group yet."""
+    open_copies, found = False, 0
+    for step in re.findall(r"cp\.async\.(c[ag]|commit_group|wait_group)", ptx):
+        found += step == "wait_group" and open_copies
+        open_copies = step in ("ca", "cg") or (open_copies and step != "commit_group")
+    return found
+
+
 def main() -> None:
     for name, options in VARIANTS.items():
         kernel = compiled(bool(options["SPLIT"]))
@@ -90,6 +99,7 @@ def main() -> None:
             "shared_bytes": kernel.metadata.shared,
             "wgmma": ptx.count("wgmma.mma_async"),
             "hasty_arrivals": hasty_arrivals(ptx),
+            "unawaited_copies": unawaited_copies(ptx),
             "wide_loads": len(re.findall(r"ld\.global\.v4\.b32", ptx)),
         }
         print(json.dumps(row))
