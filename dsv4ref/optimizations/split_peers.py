@@ -27,7 +27,9 @@ GOALS: Mapping[tuple[str, str, str], float] = {
     ("all heads", "optimized", FLASHMLA): 0.45,
     ("all heads", "gluon", FLASHMLA): 0.6,
     ("all heads", "optimized", VLLM_TRITON): 5.0,
+    ("all heads", "gluon", VLLM_TRITON): 5.0,
     ("slices", "optimized", VLLM_TRITON): 2.0,
+    ("slices", "gluon", VLLM_TRITON): 2.0,
     ("prompts", "bf16 keys", FLASHMLA_PREFILL): 0.5,
     ("prompts", "bf16 keys, gluon", FLASHMLA_PREFILL): 0.5,
 }
@@ -37,7 +39,9 @@ TARGETS: Mapping[tuple[str, str, str], float] = {
     ("all heads", "optimized", FLASHMLA): 0.8,
     ("all heads", "gluon", FLASHMLA): 1.0,
     ("all heads", "optimized", VLLM_TRITON): 8.0,
+    ("all heads", "gluon", VLLM_TRITON): 8.0,
     ("slices", "optimized", VLLM_TRITON): 4.0,
+    ("slices", "gluon", VLLM_TRITON): 4.0,
     ("prompts", "bf16 keys", FLASHMLA_PREFILL): 0.9,
     ("prompts", "bf16 keys, gluon", FLASHMLA_PREFILL): 0.9,
 }
