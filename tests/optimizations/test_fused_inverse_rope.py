@@ -274,7 +274,9 @@ def test_inside_is_dearer_than_a_launch_at_one_shape_only_and_a_dearer_one_would
     assert dearer == {"pro-1024"}
     by_case = {row["case"]: row for row in rows}
     assert by_case["pro-1024"]["inside"] > 2 * by_case["pro-1024"]["one launch"]
-    grown = {model: by_case[f"{model}-1024"]["inside"] / by_case[f"{model}-256"]["inside"] for model in ("flash", "pro")}
+    grown = {
+        model: by_case[f"{model}-1024"]["inside"] / by_case[f"{model}-256"]["inside"] for model in ("flash", "pro")
+    }
     assert all(factor > 1024 / 256 for factor in grown.values()), grown
     assert all(row["one launch"] > row["model, one launch"] for row in rows), rows
     assert "inside no cheaper than one launch in 1 of 12" in fused_inverse_rope.summary(OPT, _recorded())
