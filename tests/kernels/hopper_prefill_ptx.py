@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import sys
 
 from dsv4ref.kernels import sparse_mla
@@ -17,7 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 IMPORTED_EARLY = f"{sparse_mla.__name__}.hopper_prefill_kernel" in sys.modules
 hopper_prefill_kernel = importlib.import_module(f"{sparse_mla.__name__}.hopper_prefill_kernel")
 
-from hopper_ptx import assembled, hasty_arrivals  # noqa: E402
+from hopper_ptx import described  # noqa: E402
 
 KERNEL = hopper_prefill_kernel._hopper_prefill_kernel
 POINTERS = {
@@ -52,25 +51,7 @@ def compiled(options: dict[str, bool]) -> triton.compiler.CompiledKernel:
 
 def main() -> None:
     for name, options in VARIANTS.items():
-        kernel = compiled(options)
-        ptx, said = kernel.asm["ptx"], assembled(kernel.asm["ptx"])
-        registers = re.search(r"Used (\d+) registers", said)
-        spilt = re.search(r"(\d+) bytes spill stores", said)
-        assert registers is not None, said
-        assert spilt is not None, said
-        row = {
-            "variant": name,
-            "imported_early": IMPORTED_EARLY,
-            "registers": int(registers[1]),
-            "spill_bytes": int(spilt[1]),
-            "serialised": "serialized" in said,
-            "shared_bytes": kernel.metadata.shared,
-            "wgmma": ptx.count("wgmma.mma_async"),
-            "hasty_arrivals": hasty_arrivals(ptx),
-            "copies_of_16": len(re.findall(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", ptx)),
-            "copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
-        }
-        print(json.dumps(row))
+        print(json.dumps(described(name, compiled(options), IMPORTED_EARLY)))
 
 
 if __name__ == "__main__":

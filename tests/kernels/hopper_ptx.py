@@ -82,27 +82,32 @@ def unawaited_copies(ptx: str) -> int:
     return found
 
 
+def described(variant: str, kernel: triton.compiler.CompiledKernel, imported_early: bool) -> dict[str, object]:
+    """What a parent reads of one variant of a Hopper kernel."""
+    ptx, said = kernel.asm["ptx"], assembled(kernel.asm["ptx"])
+    registers = re.search(r"Used (\d+) registers", said)
+    spilt = re.search(r"(\d+) bytes spill stores", said)
+    assert registers is not None, said
+    assert spilt is not None, said
+    return {
+        "variant": variant,
+        "imported_early": imported_early,
+        "registers": int(registers[1]),
+        "spill_bytes": int(spilt[1]),
+        "serialised": "serialized" in said,
+        "shared_bytes": kernel.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "hasty_arrivals": hasty_arrivals(ptx),
+        "unawaited_copies": unawaited_copies(ptx),
+        "wide_loads": len(re.findall(r"ld\.global\.v4\.b32", ptx)),
+        "copies_of_16": len(re.findall(r"cp\.async\.cg\.shared\.global \[.*\], \[.*\], 0x10", ptx)),
+        "copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+    }
+
+
 def main() -> None:
     for name, options in VARIANTS.items():
-        kernel = compiled(bool(options["SPLIT"]))
-        ptx, said = kernel.asm["ptx"], assembled(kernel.asm["ptx"])
-        registers = re.search(r"Used (\d+) registers", said)
-        spilt = re.search(r"(\d+) bytes spill stores", said)
-        assert registers is not None, said
-        assert spilt is not None, said
-        row = {
-            "variant": name,
-            "imported_early": IMPORTED_EARLY,
-            "registers": int(registers[1]),
-            "spill_bytes": int(spilt[1]),
-            "serialised": "serialized" in said,
-            "shared_bytes": kernel.metadata.shared,
-            "wgmma": ptx.count("wgmma.mma_async"),
-            "hasty_arrivals": hasty_arrivals(ptx),
-            "unawaited_copies": unawaited_copies(ptx),
-            "wide_loads": len(re.findall(r"ld\.global\.v4\.b32", ptx)),
-        }
-        print(json.dumps(row))
+        print(json.dumps(described(name, compiled(bool(options["SPLIT"])), IMPORTED_EARLY)))
 
 
 if __name__ == "__main__":

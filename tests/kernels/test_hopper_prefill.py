@@ -106,6 +106,7 @@ def test_it_compiles_for_sm_90_without_a_gpu() -> None:
         assert row["wgmma"] > 0, row
         assert not row["serialised"], row
         assert not row["hasty_arrivals"], row
+        assert not row["unawaited_copies"], row
         assert row["copies_of_16"] == row["copies"] > 0, row
 
 
