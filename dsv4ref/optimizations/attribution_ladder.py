@@ -156,6 +156,9 @@ class _Simulated:
     room: int
     context: int = 0
 
+    def renew(self) -> None:
+        """Nothing: a simulated machine draws its noise in every window."""
+
     def window(self, steps: int) -> tuple[float, ...]:
         self.room -= steps
         self.context += steps

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from dsv4ref.optimizations import ladder_attribution as attribution
 from dsv4ref.optimizations import ladder_workload as workload
 from dsv4ref.optimizations import step_model
 from dsv4ref.optimizations.ladder_attribution import Switches
-from dsv4ref.optimizations.ladder_inside import look_inside
+from dsv4ref.optimizations.ladder_inside import captures_apart, look_inside
 from dsv4ref.optimizations.ladder_metadata import metadata_rows
 from dsv4ref.optimizations.ladder_runner import (
     Journal,
@@ -100,7 +100,7 @@ class Plan:
 
     Args:
         order: the switches as the ladder turns them on.
-        reverse: the second order.
+        reverse: the second order; what is on in the first rung stays in front.
         attribution: one of `ATTRIBUTIONS`.
         sets: all that are run, the first rung first.
         unavailable: switches that the model cannot turn on, and why.
@@ -113,6 +113,27 @@ class Plan:
     sets: tuple[Switches, ...]
     unavailable: Mapping[str, str]
     begin: str | None = None
+
+    @property
+    def base(self) -> Switches:
+        """What is on in the first rung, and so in every set."""
+        return self.sets[0]
+
+    @property
+    def turned_on(self) -> tuple[str, ...]:
+        """The switches of which the ladder says what they are worth, in its order."""
+        return tuple(name for name in self.order if name not in self.base)
+
+    @property
+    def twice(self) -> tuple[str, ...]:
+        """Sets that run twice: an A/A pair of slow steps, of steps launched one by one, and of replayed ones."""
+        rungs = attribution.prefixes(self.order, self.begin)
+        launched = next((on for on in rungs if "device_step" in on), rungs[-1])
+        return tuple(dict.fromkeys(self.name(on) for on in (rungs[0], launched, rungs[-1])))
+
+    def allowed(self, switches: Switches) -> bool:
+        """Whether these can be turned on beside what is on in the first rung."""
+        return attribution.allowed_features(self.base | switches)
 
     def name(self, switches: Switches) -> str:
         """A set's name in journal and tables: its switches in the order of the ladder, or ``off``."""
@@ -143,8 +164,7 @@ def make_plan(
         begin: the first rung has everything up to this switch on; by default it has everything off.
 
     Raises:
-        ValueError: an unknown order, attribution or switch, one that the model cannot turn on, or another view than the
-            ladder's of one that does not begin with everything off.
+        ValueError: an unknown order, attribution or switch, or one that the model cannot turn on.
     """
     if which not in ATTRIBUTIONS:
         raise ValueError(f"attribution: got {which!r}, expected one of {', '.join(ATTRIBUTIONS)}")
@@ -166,15 +186,17 @@ def make_plan(
         wanted = attribution.ladder_order(given)
     if begin is not None and begin not in wanted:
         raise ValueError(f"begin: got {begin!r}, expected one of {', '.join(wanted)}")
-    if begin is not None and which != "ladder":
-        raise ValueError(f"attribution: got {which!r}, expected ladder where the first rung has {begin} on")
-    reverse = attribution.ladder_order(wanted[::-1])
-    sets = list(attribution.prefixes(wanted, begin))
+    rungs = attribution.prefixes(wanted, begin)
+    plan = Plan(wanted, wanted, which, rungs, reasons, begin)
+    later = plan.turned_on
+    reverse = (*wanted[: len(plan.base)], *attribution.ladder_order(later[::-1], plan.allowed))
+    others: list[Switches] = []
     if which != "ladder":
-        sets += [*attribution.prefixes(reverse), *(attribution.reduced(wanted, name) for name in wanted)]
+        others += attribution.prefixes(reverse, begin)
+        others += [plan.base | attribution.reduced(later, name, plan.allowed) for name in later]
     if which == "shapley":
-        sets += attribution.feasible_subsets(wanted)
-    return Plan(wanted, reverse, which, tuple(dict.fromkeys(sets)), reasons, begin)
+        others += [plan.base | on for on in attribution.feasible_subsets(later, plan.allowed)]
+    return replace(plan, reverse=reverse, sets=tuple(dict.fromkeys([*rungs, *others])))
 
 
 # --- the run ---
@@ -211,6 +233,7 @@ class Report:
         rungs: order name -> rows of `rung_rows`.
         contributions: rows of `contribution_rows`, None while a gate is red or rounds are missing: they need every set.
         inside: per set of the first order, launches per step, device and host time, memory.
+        captures: rows of `captures_apart` for everything on; none where that is not replayed on a GPU.
         traces: per traced rung, its file and what was counted in it.
         metadata: rows of `metadata_rows`.
         soak: of `run_soak`; None if it did not run.
@@ -225,6 +248,7 @@ class Report:
     rungs: Mapping[str, list[dict[str, Any]]]
     contributions: list[dict[str, Any]] | None
     inside: list[dict[str, Any]]
+    captures: list[dict[str, Any]]
     traces: list[dict[str, Any]]
     metadata: list[dict[str, Any]]
     soak: Soak | None
@@ -247,6 +271,7 @@ class Report:
                 for row in self.contributions
             ],
             "inside": self.inside,
+            "captures": self.captures,
             "traces": self.traces,
             "metadata": self.metadata,
             "soak": None if self.soak is None else asdict(self.soak) | {"growth": self.soak.growth},
@@ -282,8 +307,9 @@ def run_ladder(
             ``records/`` and ``ladders/``, as in the package's ``data``.
         device: "cpu" or "cuda".
         seed: of weights and prompts.
-        repeats: rounds, at least `timing.MIN_ROUNDS`; default the preset's. Replayed rungs run in ``preset.often``
-            times as many, sets that only the second order or the other views need in one of `SELDOM` of them.
+        repeats: rounds, at least `timing.MIN_ROUNDS`; default the preset's. Rungs whose steps are fast enough for a
+            whole window run in ``preset.often`` times as many, sets that only the second order or the other views need
+            in one of `SELDOM`.
         order, which, switches: as in `make_plan`.
         inside: count launches and memory, write traces, soak; records need it.
         max_seconds: no round begins that would end later; what is missing then is left to the next run.
@@ -319,28 +345,36 @@ def run_ladder(
             rows[name] = rung_rows(
                 journal.windows, plan.rungs(listed), requests=preset.requests, gates=gates, rehearsal=preset.rehearsal
             )
-    whole = complete and len(subjects) - len(_second_runs(plan)) == len(plan.sets)
+    whole = complete and len(subjects) - len(plan.twice) == len(plan.sets)
     looked: list[dict[str, Any]] = []
     traces: list[dict[str, Any]] = []
+    captures: list[dict[str, Any]] = []
     metadata: list[dict[str, Any]] = []
     soak = None
     if inside and complete:
         reported = {name: subjects[name] for _, name in plan.rungs(plan.order) if gates[name] is None}
-        progress("a step from inside", 0, 1)
-        looked, traces = look_inside(reported, out, rows["order"], rehearsal=preset.rehearsal)
         everything = frozenset(plan.order)
-        if gates[plan.name(everything)] is None:
+        last = plan.name(everything)
+        # What is timed comes before the first profile.
+        if gates[last] is None:
+            if subjects[last].on_gpu and subjects[last].replayed:
+                progress("captures of the last rung", 0, 1)
+                captures = captures_apart(subjects[last], subjects[f"{last} {AGAIN}"])
             if "device_step" in everything:
                 metadata = metadata_rows(model, everything, preset.batches, device=device)
-            if preset.soak is not None:
-                soak = run_soak(model, everything, preset.soak, device=device, seed=seed, progress=progress)
+        progress("a step from inside", 0, 1)
+        looked, traces = look_inside(reported, out, rows["order"], rehearsal=preset.rehearsal)
+        if gates[last] is None and preset.soak is not None:
+            soak = run_soak(model, everything, preset.soak, device=device, seed=seed, progress=progress)
     lines: tuple[Record, ...] = ()
     recorded = device == "cuda" and not preset.rehearsal and _is_whole(preset, plan, model)
     lost = preset.soak is not None and (soak is None or soak.reason is not None)
     if recorded and whole and looked and not lost:
         lines = _records(preset, plan, journal, looked, seed)
     shares = _contributions(journal, plan) if whole else None
-    report = Report(preset, complete, rows, shares, looked, traces, metadata, soak, gates, gated, _where(header), lines)
+    report = Report(
+        preset, complete, rows, shares, looked, captures, traces, metadata, soak, gates, gated, _where(header), lines
+    )
     text = json.dumps(report.as_json(), indent=1)
     (out / "report.json").write_text(text, encoding="utf-8")
     if lines:  # over those of the same journal with fewer rounds
@@ -353,21 +387,16 @@ def run_ladder(
 
 
 def _rounds(preset: Preset, plan: Plan, subjects: Mapping[str, EngineSubject], rounds: int) -> dict[str, int]:
-    """Rounds of every subject: more of replayed rungs, fewer of sets that are no rung of the first order."""
+    """Rounds of every subject: more of those with fast steps, fewer of sets that are no rung of the first order."""
     rungs = {name for _, name in plan.rungs(plan.order)}
-    seldom = max(timing.MIN_ROUNDS, -(-rounds // SELDOM))
 
     def wanted(name: str, subject: EngineSubject) -> int:
-        if name.removesuffix(f" {AGAIN}") not in rungs:
-            return seldom
-        return rounds * preset.often if subject.replayed else rounds
+        count = rounds * preset.often if subject.steps == preset.window else rounds
+        if name.removesuffix(f" {AGAIN}") in rungs:
+            return count
+        return max(timing.MIN_ROUNDS, -(-count // SELDOM))
 
     return {name: wanted(name, subject) for name, subject in subjects.items()}
-
-
-def _second_runs(plan: Plan) -> list[str]:
-    """The ends of the ladder, which run twice: the A/A pair of slow steps, and that of fast ones."""
-    return [plan.name(plan.sets[0]), plan.name(frozenset(plan.order))]
 
 
 def open_subjects(
@@ -405,10 +434,9 @@ def open_subjects(
     excused: dict[str, tuple[int, float]] = {}
     _give_memory_back()
     built: list[int | None] = []
-    twice = _second_runs(plan)
     for number, on in enumerate(plan.sets):
         name = plan.name(on)
-        for label in (name, *([f"{name} {AGAIN}"] if name in twice else [])):
+        for label in (name, *([f"{name} {AGAIN}"] if name in plan.twice else [])):
             progress(f"gate: {label}", number + 2, total)
             try:
                 subject = EngineSubject(model, preset, on, start, device)
@@ -493,11 +521,12 @@ def _contributions(journal: Journal, plan: Plan) -> list[dict[str, Any]]:
     means = mean_step(journal.windows, names)
     times = {on: np.asarray(means[plan.name(on)]) for on in plan.sets}
     views = {"in this order": attribution.cumulative(times, plan.order, plan.begin)}
+    beside = {on - plan.base: seconds for on, seconds in times.items()}
     if plan.attribution != "ladder":
-        views["in reverse"] = attribution.cumulative(times, plan.reverse)
-        views["left out"] = attribution.leave_one_out(times, plan.order)
+        views["in reverse"] = attribution.cumulative(times, plan.reverse, plan.begin)
+        views["left out"] = attribution.leave_one_out(beside, plan.turned_on, plan.allowed)
     if plan.attribution == "shapley":
-        views["Shapley"] = attribution.shapley(times, plan.order)
+        views["Shapley"] = attribution.shapley(beside, plan.turned_on, plan.allowed)
     return contribution_rows(views, means[plan.name(plan.sets[0])])
 
 

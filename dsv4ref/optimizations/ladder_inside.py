@@ -19,11 +19,39 @@ from dsv4ref.evidence import launches, timing
 from dsv4ref.optimizations.ladder_runner import REHEARSAL
 from dsv4ref.optimizations.ladder_subjects import EngineSubject
 
-__all__ = ["look_inside", "trace_counts"]
+__all__ = ["captures_apart", "look_inside", "trace_counts"]
 
 _TIMES = ("device_ms", "host_ms", "host_percent", "host_percent_ci")
 _PAIR_STEPS, _PAIRS = 8, 11
+_CAPTURES = 6
 _STEP_LABEL = "decode step"
+
+
+def captures_apart(one: EngineSubject, other: EngineSubject) -> list[dict[str, Any]]:
+    """How much faster one capture of a step is than another of the same step, for several pairs of captures.
+
+    Both engines have the same switches. Within a pair nothing is captured again, so that an interval that does not hold
+    1 is a difference that lasts; rounds of one pair would only make it surer.
+
+    Args:
+        one, other: replayed on a GPU; each pair is captured anew.
+
+    Returns:
+        Rows with pair, windows (of each), ratio, low and high: time of one over time of the other, a window each, and
+        the 95 % interval of the median.
+    """
+    rows = []
+    for pair in range(_CAPTURES):
+        one.renew()
+        other.renew()
+        times: dict[EngineSubject, list[float]] = {one: [], other: []}
+        for turn in range(timing.MIN_ROUNDS):
+            for subject in (one, other) if turn % 2 else (other, one):
+                times[subject].append(float(np.mean(subject.window(_PAIR_STEPS))))
+        ratio = timing.bootstrap_ratio(times[one], times[other])
+        found = {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
+        rows.append({"pair": pair, "windows": timing.MIN_ROUNDS, **found})
+    return rows
 
 
 def look_inside(
@@ -44,8 +72,10 @@ def look_inside(
 
         The host's time is the part of a step in which the device waits for it. Of launches that the host makes one by
         one that is the mean step less what the profile has the device busy. A replay's launches wait for nobody: there
-        it is the step less the same step launched without looking at its answer, both by clocks and no profile.
+        it is the step less the same step launched without looking at its answer, both by clocks; and before the first
+        profile, since a profiler stays in the way of launches once it was there.
     """
+    on_replays = {n: s.host_and_device(_PAIR_STEPS, _PAIRS) for n, s in subjects.items() if s.on_gpu and s.replayed}
     tpot = {row["rung"]: row["tpot_ms"] for row in rows if row["tpot_ms"] is not None}
     inside, traces = [], []
     ends = {next(iter(subjects)): "before", list(subjects)[-1]: "after"}
@@ -60,14 +90,12 @@ def look_inside(
         row: dict[str, Any] = {"rung": rung}
         if subject.on_gpu:
             row["launches"] = sum(counts[kind] for kind in ("kernel", "copy", "fill"))
-            pairs = [(ms / 1e3, counts["busy_us"] / 1e6)]
-            if subject.replayed:
-                pairs = subject.host_and_device(_PAIR_STEPS, _PAIRS)
+            pairs = on_replays.get(name, [(ms / 1e3, counts["busy_us"] / 1e6)])
             stepped, device = (1e3 * float(np.median(times)) for times in zip(*pairs, strict=True))
             waited = 1e3 * float(np.median([step - alone for step, alone in pairs]))
             row |= {"device_ms": device, "host_ms": waited, "host_percent": 100 * waited / stepped}
             row["host_percent_ci"] = None
-            if subject.replayed:
+            if name in on_replays:
                 share = timing.bootstrap_median([100 * (step - alone) / step for step, alone in pairs])
                 row |= {"host_percent": share.median, "host_percent_ci": [share.low, share.high]}
         else:

@@ -1,7 +1,8 @@
 """Run a ladder: gates, interleaved rounds in a journal that survives a kill, and the rows that may be reported.
 
 A round runs a window of steps of every subject, in an order that changes from round to round, and at least the first
-rung twice. Subjects of which more rounds are wanted run alone in those that the others are not in: rounds are what
+rung twice. What a subject's speed depends on by chance is drawn anew before it, or no number of rounds would average
+it. Subjects of which more rounds are wanted run alone in those that the others are not in: rounds are what
 narrows an interval, and a fast step's cost less. Whatever is compared, is over the rounds that have all of it.
 Each window is one line of the journal, written before the next one starts. A run that was killed continues with a fresh
 pass of engines, and the round that was cut off is run again. The journal's first line says what was
@@ -58,6 +59,9 @@ class Subject(Protocol):
     @property
     def context(self) -> int:
         """Where it stands, noted with each window."""
+
+    def renew(self) -> None:
+        """Draw anew what its speed depends on by chance and keeps; called before each round that it is in."""
 
     def window(self, steps: int) -> tuple[float, ...]:
         """Seconds of each of so many steps, or of fewer, at least one, where steps are long."""
@@ -226,6 +230,9 @@ def interleave(
         if begun - started + longest > max_seconds:
             return False
         number, done = journal.next_round, len(journal.windows)
+        # Before the first window, not between them: a capture empties the allocator's cache, which the next step fills.
+        for name in taking:
+            subjects[name].renew()
         for place, name in enumerate(timing.round_order(taking, journal.rounds(taking))):
             progress(name, done + place, sum(wanted.values()))
             # No name for the subject: it would keep a worn-out engine beside all of its successors.

@@ -206,6 +206,16 @@ class EngineSubject:
         """A device step takes requests over in the first step behind a checkpoint; nobody else does anything there."""
         return int(self._engine.decoder is not None)
 
+    def renew(self) -> None:
+        """Capture the step again where it is replayed; the work is the same, the memory of the graph is another.
+
+        Graphs of the same work differ in speed by where their memory lies, for as long as they live. An engine with one
+        capture would have one draw of that in all of its windows.
+        """
+        if self.replayed:
+            assert self._engine.decoder is not None
+            self._engine.decoder.capture(self._engine.operations)
+
     def rewind(self) -> None:
         """Back to the checkpoint; what that costs the next step is behind it."""
         self._engine.restore(self._start)

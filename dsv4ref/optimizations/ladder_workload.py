@@ -87,7 +87,7 @@ class Preset:
         warmup: decode steps of a fresh engine that are not counted, and whose tokens its gate compares.
         budget: how many of these steps the gate's budget is measured in; in fewer it is no larger.
         repeats: rounds unless the command says otherwise.
-        often: rounds of the rungs that are replayed, for one of the others.
+        often: rounds of the rungs whose steps are fast enough for a whole window, for one of the others.
         gate: requests, prompt and output tokens of the gate with joins.
         batches: batch sizes whose metadata is measured.
         soak: the run of joins and leaves; None where another preset's says the same.
@@ -167,7 +167,7 @@ _TINY = _slice(
 # steps. A slot's window ring holds a whole chunk, which is then of no use.
 #
 # A replayed step's time has plateaus that last for a second or so. Windows are so short that those that are compared
-# mostly lie on one of them.
+# mostly lie on one of them, and there are many of them.
 #
 # The gate's requests fill the window and close an entry of either kind, in h200-short within the steps that warm an
 # engine up. Timed contexts stay below 4 * topk tokens, so no preset at Flash widths has a row from which the indexer
@@ -176,8 +176,7 @@ _TINY = _slice(
 # Behind 512 tokens and one, the third step closes a C4 entry; everything off takes many seconds for each of them.
 _FLASH: dict[str, Any] = {
     "config": _slice(V4_FLASH, "v4-flash-slice", (SWA, C4, C128)),
-    "chunk": 64, "prompt_rows": True, "window": 16, "repeats": 20, "gate": (2, 130, 4), "batches": (1, 64, 1024),
-    "rehearsal": False,
+    "chunk": 64, "prompt_rows": True, "gate": (2, 130, 4), "batches": (1, 64, 1024), "rehearsal": False,
 }  # fmt: skip
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -185,12 +184,13 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         preset.name: preset
         for preset in (
             Preset(
-                "h200-slice", requests=1024, prompt=512, output=512, sample_s=0.65, warmup=3, budget=1, often=2,
-                soak=None, begin="device_step", **_FLASH,
+                "h200-slice", requests=1024, prompt=512, output=512, window=4, sample_s=0.65, warmup=3, budget=1,
+                repeats=150, often=1, soak=None, begin="device_step", **_FLASH,
                 about="the sources' benchmark (512 in, 512 out, 1024 concurrent) on three layers of V4-Flash",
             ),
             Preset(
-                "h200-short", requests=32, prompt=124, output=512, sample_s=1.0, warmup=5, budget=5, often=12,
+                "h200-short", requests=32, prompt=124, output=512, window=8, sample_s=1.0, warmup=5, budget=5,
+                repeats=10, often=12,
                 soak=SoakPlan(2000, 100, 8, ((4, 100), (2, 40), (9, 200), (6, 60), (1, 20))), begin=None, **_FLASH,
                 about="the same layers with 32 requests of 124 tokens, whose first steps close entries of both kinds",
             ),

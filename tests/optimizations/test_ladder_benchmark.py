@@ -117,11 +117,12 @@ def test_the_large_preset_is_the_sources_benchmark_at_flash_widths() -> None:
 
 def test_the_short_preset_differs_in_its_requests_and_in_what_those_cost() -> None:
     short, large = workload.get_preset("h200-short"), workload.get_preset("h200-slice")
-    own = ("name", "requests", "prompt", "about", "sample_s", "warmup", "budget", "often", "soak", "begin")
-    assert replace(short, **{name: getattr(large, name) for name in own}) == large
+    own = ("name", "requests", "prompt", "about", "window", "sample_s", "warmup", "budget", "soak", "begin")
+    rounds = ("repeats", "often")
+    assert replace(short, **{name: getattr(large, name) for name in (*own, *rounds)}) == large
     assert short.begin is None, "one of the two has every rung"
     assert short.soak is not None
-    assert short.repeats * short.window >= 299, "steps enough for a p99 of a fast rung"
+    assert short.repeats * short.often * short.window >= 299, "steps enough for a p99 of a fast rung"
 
 
 @pytest.mark.parametrize(("name", "ratios"), [("h200-short", (4, 128)), ("h200-slice", (4,))])
@@ -327,20 +328,36 @@ def test_a_ladder_may_begin_with_switches_on_and_says_so(
         benchmark.run_ladder(both, tmp_path / "red", device=device, seed=0, switches=CHEAP)
 
 
-def test_a_ladder_that_begins_with_switches_on_has_no_other_order(model: Model) -> None:
+def test_every_view_of_a_ladder_that_begins_with_switches_on_keeps_them_on(model: Model) -> None:
     plan = benchmark.make_plan(model, begin="device_step")
     assert [label for label, _ in plan.rungs(plan.order)][:2] == ["everything up to device_step", "+ full_window_skip"]
     assert plan.sets == attribution.prefixes(plan.order)[1 + plan.order.index("device_step") :]
-    with pytest.raises(ValueError, match="attribution: got 'orders', expected ladder where the first rung has"):
-        benchmark.make_plan(model, which="orders", begin="device_step")
+    both = benchmark.make_plan(model, which="orders", begin="device_step")
+    on_first = 1 + both.order.index("device_step")
+    assert both.base == frozenset(both.order[:on_first]) == frozenset(both.reverse[:on_first])
+    assert both.turned_on == both.order[on_first:]
+    assert both.reverse[on_first:] == both.turned_on[::-1], "each of these can come first"
+    assert all(both.base <= on for on in both.sets)
+    assert {frozenset(both.order) - {name} for name in both.turned_on} <= set(both.sets)
+    every = benchmark.make_plan(model, which="shapley", begin="device_step")
+    assert len(every.sets) == 2 ** len(both.turned_on)
     with pytest.raises(ValueError, match="begin: got 'warp', expected one of"):
         benchmark.make_plan(model, begin="warp")
 
 
-def test_replayed_rungs_run_in_more_rounds_and_other_views_in_fewer(model: Model) -> None:
+def test_both_ends_and_the_first_device_step_run_twice(model: Model) -> None:
+    plan = benchmark.make_plan(model)
+    off, launched, on = plan.twice
+    assert (off, on) == ("off", plan.name(frozenset(plan.order)))
+    assert launched.endswith("device_step")
+    assert benchmark.make_plan(model, begin="device_step").twice == (launched, on)
+    assert benchmark.make_plan(model, switches=CHEAP).twice == ("off", "shrink_tail_fill+cached_projection")
+
+
+def test_fast_rungs_run_in_more_rounds_and_other_views_in_fewer(model: Model) -> None:
     class Built:
         def __init__(self, name: str) -> None:
-            self.replayed = "captured_steps" in name
+            self.steps = SHORT.window if "captured_steps" in name else SHORT.window - 1
 
     plan = benchmark.make_plan(model, which="orders")
     names = [*(plan.name(on) for on in plan.sets), "off again"]
@@ -348,7 +365,8 @@ def test_replayed_rungs_run_in_more_rounds_and_other_views_in_fewer(model: Model
     rungs = [name for _, name in plan.rungs(plan.order)]
     assert wanted["off"] == wanted["off again"] == wanted[rungs[1]] == 30
     assert wanted[rungs[-1]] == 120
-    assert {wanted[name] for name in names[:-1] if name not in rungs} == {10}
+    assert {wanted[name] for name in names[:-1] if name not in rungs and "captured_steps" not in name} == {10}
+    assert {wanted[name] for name in names[:-1] if name not in rungs and "captured_steps" in name} == {40}
 
 
 def test_every_module_of_the_engine_is_a_source_of_its_rounds() -> None:

@@ -28,6 +28,10 @@ class Subject:
     room: int = 100
     seconds: float = 1.0
     context: int = field(default=0)
+    renewed: int = 0
+
+    def renew(self) -> None:
+        self.renewed += 1
 
     def window(self, steps: int) -> tuple[float, ...]:
         self.log.append(self.name)
@@ -117,6 +121,27 @@ def test_every_round_runs_every_subject_once_and_the_order_moves(tmp_path: Path)
     assert len(rounds) == 6
     assert all(sorted(names) == sorted(NAMES) for names in rounds)
     assert {names[0] for names in rounds} == set(NAMES), "no subject always runs first"
+
+
+def test_what_is_drawn_by_chance_is_drawn_anew_before_each_round_and_not_within_it(tmp_path: Path) -> None:
+    log: list[str] = []
+
+    class Drawing(Subject):
+        def renew(self) -> None:
+            log.append(f"new {self.name}")
+
+    rare = {"off": 2, "off again": 2, "on": 4}
+    subjects = {name: Drawing(name, log) for name in NAMES}
+    runner.interleave(lambda: subjects, Journal(tmp_path / "j", HEADER), rounds=rare, steps=1)
+    rounds: list[list[str]] = []
+    for line in log:
+        if line.startswith("new ") and not (rounds and rounds[-1][-1].startswith("new ")):
+            rounds.append([])
+        rounds[-1].append(line)
+    assert len(rounds) == 4
+    for lines in rounds:
+        half = len(lines) // 2
+        assert sorted(lines[:half]) == sorted(f"new {name}" for name in lines[half:])
 
 
 def test_worn_out_subjects_are_replaced_by_fresh_ones(tmp_path: Path) -> None:
@@ -325,6 +350,9 @@ class Worn:
 
     def __init__(self) -> None:
         self.room = 1
+
+    def renew(self) -> None:
+        assert self.room, "renewed for the round that it is about to run in"
 
     def window(self, steps: int) -> tuple[float, ...]:
         self.room -= steps

@@ -63,6 +63,21 @@ def test_a_device_step_takes_requests_over_before_the_clock_starts(
     assert subject.room == PRESET.output - 2 - 2, "two tokens are there, one step is not timed, one must be left"
 
 
+def test_a_replayed_step_is_captured_anew_and_others_stay_as_they_are(
+    model: Model, start: Checkpoint, device: str
+) -> None:
+    subject = subjects.EngineSubject(model, PRESET, DEVICE_STEP | {"captured_steps"}, start, device)
+    decoder = subject._engine.decoder
+    assert decoder is not None
+    graphs, tokens = decoder._graphs, subject.generated.tokens
+    subject.renew()
+    assert decoder._graphs is not graphs
+    assert subjects._answers(subject._engine, start, PRESET.warmup)[0].tokens == tokens
+    eager = subjects.EngineSubject(model, PRESET, DEVICE_STEP, start, device)
+    eager.renew()
+    assert not eager.replayed
+
+
 def test_a_window_that_runs_into_the_end_is_refused(model: Model, start: Checkpoint, device: str) -> None:
     subject = subjects.EngineSubject(model, PRESET, frozenset(), start, device)
     subject.rewind()
@@ -73,7 +88,7 @@ def test_a_window_that_runs_into_the_end_is_refused(model: Model, start: Checkpo
 
 
 @pytest.mark.parametrize(
-    ("step_s", "steps"), [(0.001, 16), (0.0625, 16), (0.063, 8), (0.13, 4), (0.3, 2), (0.7, 2), (1.4, 2), (60.0, 2)]
+    ("step_s", "steps"), [(0.001, 8), (0.125, 8), (0.126, 4), (0.3, 2), (0.7, 2), (1.4, 2), (60.0, 2)]
 )
 def test_a_long_step_is_sampled_fewer_times_and_never_once(step_s: float, steps: int) -> None:
     assert subjects.steps_for(step_s, workload.get_preset("h200-short")) == steps
