@@ -355,7 +355,7 @@ def run_ladder(
         reported = {name: subjects[name] for _, name in plan.rungs(plan.order) if gates[name] is None}
         everything = frozenset(plan.order)
         last = plan.name(everything)
-        # What is timed comes before the first profile.
+        # What is timed by clocks comes before the first profile.
         if gates[last] is None:
             if subjects[last].on_gpu and subjects[last].replayed:
                 progress("captures of the last rung", 0, 1)

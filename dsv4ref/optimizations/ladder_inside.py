@@ -72,8 +72,8 @@ def look_inside(
 
         The host's time is the part of a step in which the device waits for it. Of launches that the host makes one by
         one that is the mean step less what the profile has the device busy. A replay's launches wait for nobody: there
-        it is the step less the same step launched without looking at its answer, both by clocks; and before the first
-        profile, since a profiler stays in the way of launches once it was there.
+        it is the step less the same step launched without looking at its answer, both by clocks, and before the first
+        profile: whatever a profiler leaves behind in a process is not in it.
     """
     on_replays = {n: s.host_and_device(_PAIR_STEPS, _PAIRS) for n, s in subjects.items() if s.on_gpu and s.replayed}
     tpot = {row["rung"]: row["tpot_ms"] for row in rows if row["tpot_ms"] is not None}

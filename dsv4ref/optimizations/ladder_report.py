@@ -29,7 +29,19 @@ __all__ = [
     "shipped_reports",
 ]
 
-_PARTS = ("benchmark", "where", "complete", "rungs", "contributions", "inside", "traces", "metadata", "soak", "gates")
+_PARTS = (
+    "benchmark",
+    "where",
+    "complete",
+    "rungs",
+    "contributions",
+    "inside",
+    "captures",
+    "traces",
+    "metadata",
+    "soak",
+    "gates",
+)
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def report() -> dict[str, Any]:
         "complete": True,
         "rungs": {"order": rungs, "reverse": rungs[:1]},
         "contributions": [{"switch": "device_step", "left out": share}],
-        "inside": inside, "traces": [], "metadata": metadata,
+        "inside": inside, "captures": [], "traces": [], "metadata": metadata,
         "soak": {"mark": 100, "steps": 2000, "growth": 0, "lost": 0}, "gates": {},
     }  # fmt: skip
 
