@@ -356,6 +356,7 @@ def ladder(
             _show(shares, list(shares[0]), False, f"Saved of a step, % of {rows[0]['rung']}, 95 % interval")
         listed: tuple[tuple[Sequence[Mapping[str, Any]], str], ...] = (
             (found.inside, "A step from inside"),
+            (found.captures, "Pairs of captures of the same step, everything on"),
             (found.traces, f"Read back from the traces in {out}"),
             (found.metadata, "The host's part of a step: metadata"),
             ([] if found.soak is None else [vars(found.soak)], "Joins and leaves"),

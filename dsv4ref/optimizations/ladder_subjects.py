@@ -209,8 +209,8 @@ class EngineSubject:
     def renew(self) -> None:
         """Capture the step again where it is replayed; the work is the same, the memory of the graph is another.
 
-        Graphs of the same work may differ in speed, by where their memory lies, for as long as they live. An engine with
-        one capture would have one draw of that in all of its windows.
+        Graphs of the same work may differ in speed, by where their memory lies, for as long as they live. An engine
+        with one capture would have one draw of that in all of its windows.
         """
         if self.replayed:
             assert self._engine.decoder is not None

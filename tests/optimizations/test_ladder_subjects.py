@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from dsv4ref.evidence import timing
 from dsv4ref.optimizations import ladder_subjects as subjects
 from dsv4ref.optimizations import ladder_workload as workload
-from dsv4ref.optimizations.ladder_inside import look_inside
+from dsv4ref.optimizations.ladder_inside import captures_apart, look_inside
 from dsv4ref.optimizations.ladder_metadata import MetadataHost, metadata_rows
 from dsv4ref.optimizations.ladder_soak import Soak, run_soak
 from dsv4ref.optimizations.ladder_workload import SoakPlan
@@ -121,6 +122,38 @@ def test_steps_are_counted_from_the_same_place_on_every_rung(
     assert found[0]["launches"] == found[1]["launches"] > 0
     assert [row["rung"] for row in traces] == ["0", "1"]
     assert all((tmp_path / row["file"]).stat().st_size and row["operators"] for row in traces)
+
+
+class Drawn:
+    """A replayed engine on which every capture has a speed of its own."""
+
+    def __init__(self, draws: list[float], log: list[str], name: str) -> None:
+        self.draws, self.log, self.name, self.speed = draws, log, name, 0.0
+
+    def renew(self) -> None:
+        self.speed = self.draws.pop(0)
+        self.log.append("new")
+
+    def window(self, steps: int) -> tuple[float, ...]:
+        self.log.append(self.name)
+        return (self.speed,) * steps
+
+
+def test_a_pair_of_captures_is_timed_in_turns_and_not_captured_again_meanwhile() -> None:
+    log: list[str] = []
+    draws = [1.0, 1.01, 0.99, 1.02, 1.0, 1.03]
+    rows = captures_apart(Drawn(draws.copy(), log, "a"), Drawn([1.0] * len(draws), log, "b"))  # type: ignore[arg-type]
+    assert [row["ratio"] for row in rows] == pytest.approx(draws)
+    assert all(row["low"] == row["high"] == row["ratio"] for row in rows), "within a pair nothing varies"
+    assert [row["pair"] for row in rows] == list(range(len(draws)))
+    assert {row["windows"] for row in rows} == {timing.MIN_ROUNDS}
+    of_pair = 2 + 2 * timing.MIN_ROUNDS
+    assert len(log) == of_pair * len(draws)
+    for begin in range(0, len(log), of_pair):
+        assert log[begin : begin + 2] == ["new", "new"]
+        turns = log[begin + 2 : begin + of_pair]
+        assert sorted(turns[:2]) == sorted(turns[2:4]) == ["a", "b"]
+        assert turns[0] != turns[2], "neither always runs first"
 
 
 # --- joins and leaves ---
