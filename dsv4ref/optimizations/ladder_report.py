@@ -30,18 +30,9 @@ __all__ = [
 ]
 
 _PARTS = (
-    "benchmark",
-    "where",
-    "complete",
-    "rungs",
-    "contributions",
-    "inside",
-    "captures",
-    "traces",
-    "metadata",
-    "soak",
+    "benchmark", "where", "complete", "rungs", "contributions", "inside", "captures", "traces", "metadata", "soak",
     "gates",
-)
+)  # fmt: skip
 
 
 def read_report(path: Path) -> dict[str, Any]:

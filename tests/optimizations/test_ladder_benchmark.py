@@ -416,6 +416,25 @@ def test_contributions_come_from_the_rounds_of_the_journal(model: Model) -> None
     assert rows["sum"]["Shapley"].median == pytest.approx(25)
 
 
+def test_shares_behind_a_later_first_rung_are_of_what_is_turned_on_beside_it(model: Model) -> None:
+    plan = benchmark.make_plan(model, which="shapley", switches=("routing_kernels", *CHEAP), begin="routing_kernels")
+    assert plan.base == {"routing_kernels"}
+    seconds = {(): 10.0, ("shrink_tail_fill",): 9.0, ("cached_projection",): 8.0, CHEAP: 7.5}
+    names = {plan.name(plan.base | set(on)): value for on, value in seconds.items()}
+    journal = type("Journal", (), {"windows": [Window(n, k, 0, (v,)) for n in range(12) for k, v in names.items()]})()
+    rows = {row["switch"]: row for row in benchmark._contributions(journal, plan)}
+    assert rows.keys() == {*CHEAP, "sum"}, "what is on in the first rung has no share"
+    medians = {
+        view: {name: row[view].median for name, row in rows.items()}
+        for view in next(iter(rows.values()))
+        if view != "switch"
+    }
+    assert medians["in this order"] == pytest.approx({"shrink_tail_fill": 10, "cached_projection": 15, "sum": 25})
+    assert medians["in reverse"] == pytest.approx({"shrink_tail_fill": 5, "cached_projection": 20, "sum": 25})
+    assert medians["left out"] == pytest.approx({"shrink_tail_fill": 5, "cached_projection": 15, "sum": 20})
+    assert medians["Shapley"] == pytest.approx({"shrink_tail_fill": 7.5, "cached_projection": 17.5, "sum": 25})
+
+
 def test_records_of_a_ladder_are_what_the_scoreboard_reads(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that a GPU takes, with roofs that are given instead of measured."""
     monkeypatch.setattr(benchmark.roofline, "measure_roofs", lambda: Roofs("none", 4e12, 7e14))

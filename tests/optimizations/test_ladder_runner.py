@@ -28,10 +28,9 @@ class Subject:
     room: int = 100
     seconds: float = 1.0
     context: int = field(default=0)
-    renewed: int = 0
 
     def renew(self) -> None:
-        self.renewed += 1
+        """Nothing about it is left to chance."""
 
     def window(self, steps: int) -> tuple[float, ...]:
         self.log.append(self.name)
